@@ -1,0 +1,1 @@
+"""Corpus building: sources of series, quality steps, and memory-mapped Arrow shards. No torch."""

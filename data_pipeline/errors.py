@@ -1,0 +1,23 @@
+"""Errors that a user can cause and mend.
+
+Each message is one line: what was expected, what came, where, and what to do. The command line
+prints it without a traceback and exits with `exit_code`.
+"""
+
+
+class TsmoeError(Exception):
+    """Base of every expected error of the product."""
+
+    exit_code = 1
+
+
+class ConfigError(TsmoeError, ValueError):
+    """A setting, option or path that the user gave cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(TsmoeError, ValueError):
+    """A data file, series or shard is missing, damaged or not what it should be."""
+
+    exit_code = 3

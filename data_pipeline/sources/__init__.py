@@ -1,0 +1,19 @@
+"""Sources of series. A source is a frozen config with a `type` tag and these methods:
+
+`anchored(folder)` resolves paths against the folder of the corpus YAML, `files()` lists the local
+files it reads, and `records()` yields each series as a `SeriesRecord`, or as a `Drop` where a row
+holds none. A new source is one file here and one line in the union.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from data_pipeline.sources.csv import CsvSource
+from data_pipeline.sources.hub import HubSource
+from data_pipeline.sources.parquet import ParquetSource
+
+SOURCE_TYPES = (ParquetSource, CsvSource, HubSource)
+SourceConfig = Annotated[ParquetSource | CsvSource | HubSource, Field(discriminator="type")]
+
+__all__ = ["SOURCE_TYPES", "CsvSource", "HubSource", "ParquetSource", "SourceConfig"]

@@ -1,0 +1,47 @@
+"""What all sources of local files share: where the files are, and what the user overrides."""
+
+import glob
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from pydantic import ConfigDict
+
+from data_pipeline.errors import ConfigError
+
+UNKNOWN_DOMAIN = "unspecified"
+"""Domain of a series where neither the data nor the configuration names one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSource:
+    """Files on disk, and names that override what stands in them."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    path: str
+    """A file, or a pattern such as "weather/*.parquet"; relative to the corpus YAML."""
+    domain: str | None = None
+    """Domain of every series here, in place of the one in the data."""
+    source: str | None = None
+    """Name of the data set, in place of the one in the data or the name of the file."""
+    freq: str | None = None
+    """pandas alias of the sampling interval, in place of the one in the data."""
+    licence: str | None = None
+    """Licence of the data, copied to the manifest."""
+
+    def anchored(self, folder: Path) -> Self:
+        """Return the same source with its path made absolute, as seen from a folder."""
+        return replace(self, path=str(folder.resolve() / self.path))
+
+    def files(self) -> tuple[Path, ...]:
+        """List the files, sorted by name.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        matches = sorted(Path(match) for match in glob.glob(self.path, recursive=True))
+        files = tuple(match for match in matches if match.is_file())
+        if not files:
+            raise ConfigError(f"path: no file matches {self.path!r}; check the path of the source")
+        return files

@@ -1,0 +1,179 @@
+"""Tables with one series per row, as UTSD and its relatives have them, turned into records.
+
+Columns: `target` holds the values, flat or one list per variate; `item_id`, `start`, `end`,
+`freq`, `domain` and `dataset` (or `source`) are optional. Shared by every source of that layout.
+"""
+
+import datetime as dt
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipeline.errors import DataError
+from data_pipeline.frequency import modern_alias
+from data_pipeline.record import Drop, SeriesRecord
+from data_pipeline.sources.files import UNKNOWN_DOMAIN
+from data_pipeline.steps.clean import BAD_TIMESTAMP, NOT_NUMERIC
+
+TARGET = "target"
+
+_LIST_CHECKS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+# "Health_MotorImagery_12": domain, data set, and numbers that count its series.
+_UTSD_ITEM = re.compile(r"(Energy|Environment|Health|IoT|Nature|Transport|Web)_(.+?)(?:_\d+)*")
+
+
+@dataclass(kw_only=True)
+class RowReader:
+    """Reads batches of rows; counts them, so that a row without a name still gets one."""
+
+    where: str
+    """File or data set, for messages."""
+    name: str
+    """Source of rows that do not say theirs, and stem of missing names."""
+    domain: str | None = None
+    source: str | None = None
+    freq: str | None = None
+    _rows_read: int = field(default=0, init=False)
+
+    def read(self, batch: pa.RecordBatch) -> Iterator[SeriesRecord | Drop]:
+        """Yield every series of a batch; a row that holds none comes as a `Drop`.
+
+        The values of a record are a view of the batch.
+
+        Raises:
+            DataError: if there is no column `target`.
+        """
+        if TARGET not in batch.schema.names:
+            raise DataError(
+                f"{self.where}: no column 'target' with the values of a series; columns: "
+                f"{', '.join(batch.schema.names)}; for one column per variate use layout: wide"
+            )
+        rows = _Rows(batch)
+        for row in range(batch.num_rows):
+            yield from self._read_row(rows, row)
+            self._rows_read += 1
+
+    def _read_row(self, rows: "_Rows", row: int) -> Iterator[SeriesRecord | Drop]:
+        item_id = rows.text("item_id", row) or f"{self.name}_{self._rows_read}"
+        domain, source = self._names(rows, row, item_id)
+        variates = rows.values(row)
+        if variates is None:
+            yield Drop(item_id=item_id, source=source, reason=NOT_NUMERIC)
+            return
+        try:
+            start, end = rows.time("start", row), rows.time("end", row)
+        except ValueError:
+            yield Drop(item_id=item_id, source=source, reason=BAD_TIMESTAMP)
+            return
+        freq = self.freq or modern_alias(rows.text("freq", row))
+        for variate, values in enumerate(variates):
+            yield SeriesRecord(
+                item_id=item_id,
+                start=start,
+                end=end,
+                freq=freq,
+                domain=domain,
+                source=source,
+                variate=variate,
+                values=values,
+            )
+
+    def _names(self, rows: "_Rows", row: int, item_id: str) -> tuple[str, str]:
+        """Return domain and source: the user's, else the row's, else those in a UTSD item_id."""
+        match = _UTSD_ITEM.fullmatch(item_id)
+        domain = self.domain or rows.text("domain", row) or (match and match[1]) or UNKNOWN_DOMAIN
+        source = (
+            self.source
+            or rows.text("dataset", row)
+            or rows.text("source", row)
+            or (match and match[2])
+            or self.name
+        )
+        return domain, source
+
+
+class _Rows:
+    """Columns of one batch, converted once and not row by row."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.batch = batch
+        self._columns: dict[str, list[object]] = {}
+        self._target = batch.column(TARGET)
+        self._depth = _nesting(self._target.type)
+        self._is_null = self._target.is_null().to_numpy(zero_copy_only=False)
+
+    def text(self, name: str, row: int) -> str | None:
+        value = self._column(name)[row]
+        return None if value is None else str(value)
+
+    def time(self, name: str, row: int) -> dt.datetime | None:
+        """Read a time cell, which may be empty or text; raises ValueError if it is no time."""
+        value = self._column(name)[row]
+        if value is None or value == "":
+            return None
+        if isinstance(value, dt.datetime):
+            return value
+        import pandas as pd
+
+        stamp = pd.Timestamp(str(value))
+        if stamp is pd.NaT:
+            return None
+        if stamp.tz is not None:
+            stamp = stamp.tz_convert(None)
+        return stamp.to_pydatetime(warn=False)
+
+    def values(self, row: int) -> list[np.ndarray] | None:
+        """Return one array per variate, or None if the cell holds no numbers."""
+        if self._depth == 0 or self._is_null[row]:
+            return None
+        if self._depth == 1:
+            offsets, flat = self._flat
+            return [flat[offsets[row] : offsets[row + 1]]]
+        variates = self._target[row].values
+        if variates.null_count:
+            return None
+        return [_numbers(variate.values) for variate in variates]
+
+    def _column(self, name: str) -> list[object]:
+        if name not in self._columns:
+            self._columns[name] = self._read_column(name)
+        return self._columns[name]
+
+    def _read_column(self, name: str) -> list[object]:
+        if name not in self.batch.schema.names:
+            return [None] * self.batch.num_rows
+        column = self.batch.column(name)
+        if pa.types.is_timestamp(column.type):
+            column = column.cast(pa.timestamp("us"), safe=False)
+        return column.to_pylist()
+
+    @cached_property
+    def _flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets and float32 values of a column of flat lists, of this batch only."""
+        column = self._target
+        if pa.types.is_fixed_size_list(column.type):
+            column = column.cast(pa.large_list(column.type.value_type))
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        first, last = int(offsets[0]), int(offsets[-1])
+        return offsets - first, _numbers(column.values[first:last])
+
+
+def _nesting(kind: pa.DataType) -> int:
+    """Count how many lists stand around the numbers; 0 if there are no numbers inside."""
+    depth = 0
+    while any(is_list(kind) for is_list in _LIST_CHECKS):
+        depth += 1
+        kind = kind.value_type
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return depth if is_number and depth <= 2 else 0
+
+
+def _numbers(values: pa.Array) -> np.ndarray:
+    """Return float32 with NaN for empty cells; what is beyond float32 becomes infinite."""
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
+    return values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)

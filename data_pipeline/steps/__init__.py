@@ -1,0 +1,1 @@
+"""Steps between a source and the shards: which series stay, and where each is split in time."""

@@ -1,0 +1,34 @@
+"""Settings that every test runs under, and the real data where a checkout has it.
+
+One thread per process, so that ranks of a distributed test do not fight over the cores and sums
+come out in the same order; no window for pictures; no network for Hugging Face libraries.
+"""
+
+import os
+from pathlib import Path
+
+# All of it before the first import of torch or matplotlib, which read it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Asking for a GPU must not initialise CUDA here: tests fork their ranks from this process.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Give the folder of real data beside the repository, or skip where there is none."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist")
+    return folder

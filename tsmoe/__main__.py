@@ -1,0 +1,52 @@
+"""The program `tsmoe`: parse, run a sub-command, turn expected errors into one line and a code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from tsmoe import __version__
+from tsmoe.errors import TsmoeError
+
+_COMMANDS = ("data", "pretrain", "evaluate", "forecast")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all sub-commands; imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="tsmoe",
+        description="Pretrain, evaluate and use sparse Mixture-of-Experts time-series models.",
+    )
+    parser.add_argument("--version", action="version", version=f"tsmoe {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in _COMMANDS:
+        importlib.import_module(f"tsmoe.commands.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program and return its exit code: 0 done, 2 user mistake, 3 bad data, 75 stopped."""
+    args = build_parser().parse_args(_launcher_arguments_last(arguments or sys.argv[1:]))
+    try:
+        return args.run(args)
+    except TsmoeError as error:
+        if args.debug:
+            raise
+        print(f"tsmoe: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has seen enough.
+        sys.stderr.close()
+        return 0
+
+
+def _launcher_arguments_last(arguments: list[str]) -> list[str]:
+    # DeepSpeed's launcher puts --local_rank=N before the sub-command.
+    injected = [a for a in arguments if a.startswith(("--local_rank=", "--local-rank="))]
+    return [a for a in arguments if a not in injected] + injected
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""What the loader hands to the model: a batch of windows with their masks.
+
+Shapes: B windows, C variates, L points of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowBatch:
+    """Windows cut from series, C = 1 where variates are treated one by one."""
+
+    values_BCL: Tensor
+    """float32; 0 where not observed."""
+    observed_BCL: Tensor
+    """bool; True where a value was recorded."""
+    is_target_BCL: Tensor
+    """bool; True where the loss may look: observed, and inside the split that is being used."""
+    series_ids_B: Tensor
+    """int64; the number of each window's series in the corpus, to name it in an error."""
+
+    @property
+    def num_windows(self) -> int:
+        """Windows in the batch."""
+        return self.values_BCL.shape[0]
+
+    def to(self, device: torch.device) -> WindowBatch:
+        """Copy to a device; asynchronous from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> WindowBatch:
+        """Copy to page-locked memory (the hook that torch's DataLoader calls)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change) -> WindowBatch:  # type: ignore[no-untyped-def]
+        return replace(self, **{name: change(value) for name, value in vars(self).items()})

@@ -1,0 +1,1 @@
+"""Run checkpoints that fit any number of ranks, and portable packages. No pickle anywhere."""

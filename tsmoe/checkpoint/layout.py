@@ -1,0 +1,132 @@
+"""Names and records of a checkpoint folder: what is where, and how one knows that it is whole.
+
+    step_00000400/
+        dense.safetensors            what every rank holds: `KIND/PARAMETER`, `buffer/NAME`
+        experts-00000.safetensors    one per expert-parallel rank: `KIND/PARAMETER/EXPERT`
+        meta.json                    written last: step, config, corpus, bytes and sha256 of each file
+
+KIND is `value` (float32 master), `exp_avg` or `exp_avg_sq` (Adam moments). Experts are addressed by
+their global id, so the number of ranks that wrote them is of no concern to who reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tsmoe.errors import CheckpointError
+
+FORMAT_VERSION = 1
+META_FILE = "meta.json"
+DENSE_FILE = "dense.safetensors"
+LATEST_FILE = "latest"
+INCOMPLETE_PREFIX = ".incomplete-"
+STATE_KINDS = ("value", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """What a file must be to be whole."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMeta:
+    """What a checkpoint says of itself beside its tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    windows_seen: int
+    """Position in the order of windows; the random state is a function of seed and step."""
+    config: dict[str, Any]
+    """The resolved run configuration."""
+    corpus_fingerprint: str
+    files: tuple[FileRecord, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write meta.json and push it to the disk."""
+        write_text(folder / META_FILE, json.dumps(asdict(self), indent=1))
+
+
+def step_folder(step: int) -> str:
+    """Name of the folder of a step."""
+    return f"step_{step:08d}"
+
+
+def experts_file(expert_parallel_rank: int) -> str:
+    """Name of the file of one expert-parallel rank."""
+    return f"experts-{expert_parallel_rank:05d}.safetensors"
+
+
+def read_meta(folder: Path) -> CheckpointMeta:
+    """Read what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of another format version.
+    """
+    path = folder / META_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values["format_version"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no {META_FILE}, so this is no whole checkpoint; "
+            "name a folder such as runs/NAME or runs/NAME/checkpoints/step_00000400"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); use an older checkpoint") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version}, but this tsmoe reads {FORMAT_VERSION}; "
+            "use the version of tsmoe that wrote it"
+        )
+    files = tuple(FileRecord(**record) for record in values.pop("files"))
+    return CheckpointMeta(**values, files=files)
+
+
+def find_damage(folder: Path, meta: CheckpointMeta) -> str | None:
+    """Say what is wrong with the files of a checkpoint, or None if it is whole."""
+    for record in meta.files:
+        path = folder / record.name
+        if not path.exists():
+            return f"{record.name} is missing"
+        size = path.stat().st_size
+        if size != record.size_bytes:
+            return f"{record.name} has {size} bytes instead of {record.size_bytes}"
+        if sha256_of(path) != record.sha256:
+            return f"{record.name} was altered: its sha256 differs from {META_FILE}"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file at once: readers see the old one or the new one, whole."""
+    temporary = path.with_name(f"{INCOMPLETE_PREFIX}{path.name}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Push the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,130 @@
+"""Packages: a model to hand on, as one folder that plain torch loads.
+
+    model.safetensors   full weights and buffers, experts stacked
+    model.yaml          the model's config section
+    card.json           format version, how it was trained, on what, metrics, licence
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tsmoe.checkpoint.elastic import StateReader, expert_parameters
+from tsmoe.checkpoint.layout import INCOMPLETE_PREFIX, CheckpointMeta, sync_folder
+from tsmoe.config import decode, encode, read_yaml
+from tsmoe.errors import CheckpointError, ConfigError
+from tsmoe.models import ModelConfig, build_model
+from tsmoe.models.time_tracker import TimeTracker
+
+PACKAGE_VERSION = 1
+WEIGHTS_FILE, MODEL_FILE, CARD_FILE = "model.safetensors", "model.yaml", "card.json"
+
+
+def save_package(folder: Path, model: TimeTracker, card: dict[str, Any]) -> None:
+    """Write a package, or replace an older one, so that it is there whole or not at all.
+
+    Raises:
+        CheckpointError: if the folder holds something else, or cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / CARD_FILE).exists():
+        raise CheckpointError(f"{folder}: exists and is no package; choose another folder")
+    temporary = folder.with_name(f"{INCOMPLETE_PREFIX}{folder.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, temporary / WEIGHTS_FILE)
+        (temporary / MODEL_FILE).write_text(
+            yaml.safe_dump(encode(model.config), sort_keys=False), encoding="utf-8"
+        )
+        card = {"format_version": PACKAGE_VERSION, **card}
+        (temporary / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        for path in temporary.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{folder}: the package could not be written: {error}") from error
+
+
+def load_package(folder: Path) -> tuple[TimeTracker, dict[str, Any]]:
+    """Build the model of a package and load its weights, strictly.
+
+    Returns:
+        The model in evaluation mode on the CPU, and the card.
+
+    Raises:
+        CheckpointError: if a part is missing, damaged, of another version, or does not fit.
+    """
+    for name in (CARD_FILE, MODEL_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder}: no {name}, so this is no package; make one with "
+                "`tsmoe export RUN PACKAGE`"
+            )
+    try:
+        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CARD_FILE}: cannot be read: {error}") from error
+    if card.get("format_version") != PACKAGE_VERSION:
+        raise CheckpointError(
+            f"{folder}: package version {card.get('format_version')}, but this tsmoe reads "
+            f"{PACKAGE_VERSION}; use the version of tsmoe that wrote it"
+        )
+    try:
+        config = decode(ModelConfig, read_yaml(folder / MODEL_FILE), origin=str(folder / MODEL_FILE))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    model = build_model(config)
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: cannot be read ({error}); export the package again"
+        ) from error
+    _load_strictly(model, state, folder)
+    return model.eval(), card
+
+
+def model_from_checkpoint(folder: Path, meta: CheckpointMeta) -> TimeTracker:
+    """Build the whole model of a checkpoint in this process, experts of all ranks together."""
+    config = decode(ModelConfig, meta.config["model"], origin=f"{folder}: model")
+    model = build_model(config)
+    experts = expert_parameters(model)
+    with StateReader(folder, meta) as reader, torch.no_grad():
+        reader.check_names(model)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.parameter(name, parameter, experts.get(name)).value)
+        reader.load_buffers(model)
+    return model.eval()
+
+
+def _load_strictly(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+    wanted = model.state_dict()
+    missing, unexpected = sorted(wanted.keys() - state), sorted(state.keys() - wanted)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{folder}: weights do not fit {MODEL_FILE}; missing: {', '.join(missing) or 'none'}; "
+            f"unexpected: {', '.join(unexpected) or 'none'}"
+        )
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {tuple(state[name].shape)}, but {MODEL_FILE} wants "
+                f"{tuple(tensor.shape)}"
+            )
+    model.load_state_dict(state, strict=True)

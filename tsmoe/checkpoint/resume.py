@@ -1,0 +1,83 @@
+"""Find the checkpoint to go on from, and say why it may not be used."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from tsmoe.checkpoint.layout import LATEST_FILE, CheckpointMeta, find_damage, read_meta
+from tsmoe.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, CheckpointMeta] | None:
+    """Return the newest whole checkpoint of a `checkpoints` folder, or None if there is none.
+
+    `latest` is tried first; a damaged checkpoint is passed over with a warning that says what is
+    wrong with it.
+    """
+    candidates = sorted(folder.glob("step_*"), reverse=True)
+    latest = folder / LATEST_FILE
+    if latest.exists():
+        named = folder / latest.read_text(encoding="utf-8").strip()
+        if named in candidates:
+            candidates.remove(named)
+            candidates.insert(0, named)
+        else:
+            logger.warning("%s names %s, which is not there; looking for others", latest, named.name)
+    for candidate in candidates:
+        try:
+            meta = read_meta(candidate)
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
+            continue
+        damage = find_damage(candidate, meta)
+        if damage is None:
+            return candidate, meta
+        logger.warning("passed over: %s: %s", candidate, damage)
+    if candidates:
+        raise CheckpointError(
+            f"{folder}: none of {len(candidates)} checkpoints is whole (reasons above); "
+            "restore one from a copy, or start a new run with another run="
+        )
+    return None
+
+
+def open_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
+    """Find a checkpoint by its own folder or that of its run, and check that it is whole.
+
+    Raises:
+        CheckpointError: if there is none or it is damaged.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder; name a run folder or a checkpoint in it")
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and (found := newest_checkpoint(folder)) is not None:
+            return found
+    meta = read_meta(path)
+    if damage := find_damage(path, meta):
+        raise CheckpointError(f"{path}: {damage}; use another checkpoint")
+    return path, meta
+
+
+def check_same_model(meta: CheckpointMeta, config: dict[str, Any], folder: Path) -> None:
+    """Compare the model sections of a checkpoint and of the run that wants to continue it.
+
+    Raises:
+        CheckpointError: naming each differing key with both values.
+    """
+    differences = _differences(meta.config["model"], config["model"], "model")
+    if differences:
+        raise CheckpointError(
+            f"{folder}: a checkpoint of another model: {'; '.join(differences)}; "
+            "choose another run= or the same settings"
+        )
+
+
+def _differences(saved: Any, wanted: Any, path: str) -> list[str]:
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        keys = sorted(saved.keys() | wanted.keys())
+        return [d for k in keys for d in _differences(saved.get(k), wanted.get(k), f"{path}.{k}")]
+    return [] if saved == wanted else [f"{path} is {saved!r} there and {wanted!r} here"]

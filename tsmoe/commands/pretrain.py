@@ -1,0 +1,98 @@
+"""`tsmoe pretrain`, `tsmoe config` and `tsmoe export`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the three sub-commands."""
+    pretrain = subparsers.add_parser(
+        "pretrain",
+        help="pretrain a model, or go on with an interrupted run",
+        description="Pretrain a model. With one process as it is, with many under deepspeed "
+        "(--module tsmoe pretrain ..), torchrun (-m tsmoe pretrain ..), accelerate or srun.",
+    )
+    _add_config_arguments(pretrain)
+    # DeepSpeed's launcher passes it; the environment says the same.
+    pretrain.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    pretrain.set_defaults(run=_pretrain)
+
+    config = subparsers.add_parser("config", help="print the resolved configuration of a run")
+    _add_config_arguments(config)
+    config.add_argument("--json", action="store_true", help="print JSON instead of YAML")
+    config.set_defaults(run=_config)
+
+    export = subparsers.add_parser(
+        "export", help="turn a checkpoint of any number of ranks into one portable package"
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint folder")
+    export.add_argument("package", metavar="PACKAGE", help="folder to write")
+    export.add_argument("--json", action="store_true", help="print the package's card")
+    export.set_defaults(run=_export)
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("preset", metavar="PRESET|FILE.yaml", help="name of a preset, or a file")
+    parser.add_argument(
+        "settings", metavar="KEY=VALUE", nargs="*", help="such as training.steps=500"
+    )
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    _set_up_logging()
+    from tsmoe.ranks import launched_world_size, stop
+    from tsmoe.train.loop import Outcome, pretrain
+    from tsmoe.train.run_config import resolve
+
+    config = resolve(args.preset, args.settings)
+    outcome = pretrain(config)
+    stop()
+    if outcome is Outcome.STOPPED and launched_world_size() == 1:
+        return 75
+    # Launchers take any other code for a failure; the markers DONE and REQUEUE tell the rest.
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    import json
+
+    import yaml
+
+    from tsmoe.config import encode
+    from tsmoe.train.run_config import resolve
+
+    values = encode(resolve(args.preset, args.settings))
+    if args.json:
+        print(json.dumps(values, indent=1))
+    else:
+        print(yaml.safe_dump(values, sort_keys=False), end="")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from tsmoe.train.export import export_package
+
+    card = export_package(Path(args.checkpoint), Path(args.package))
+    if args.json:
+        print(json.dumps(card, indent=1))
+    else:
+        print(f"{args.package}: step {card['step']}, {card['parameters']['total']:,} parameters")
+    return 0
+
+
+def _set_up_logging() -> None:
+    import logging
+
+    is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    logging.basicConfig(
+        level=logging.INFO if is_first else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )

@@ -1,0 +1,98 @@
+"""Decode nested values into the frozen dataclasses that configure a run, and back.
+
+Each dataclass stands beside the class it configures; this file knows none of them. Unknown keys
+are errors that name their path, and variants are told apart by their `type` tag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, ClassVar, TypeVar
+
+from tsmoe.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """Base of every part of a configuration: unknown keys are forbidden."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+def decode(section: type[T], values: dict[str, Any], *, origin: str) -> T:
+    """Build a config section from nested values.
+
+    Args:
+        section: a dataclass, often one with nested sections and tagged unions.
+        values: as read from YAML.
+        origin: what to call the values in an error, such as a file name.
+
+    Raises:
+        ConfigError: one line with the path of every wrong key, its value and what was expected.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(section).validate_python(values)
+    except ValidationError as error:
+        problems = [_describe(problem, section) for problem in error.errors()]
+        raise ConfigError(f"{origin}: {'; '.join(problems)}") from None
+
+
+def encode(section: Any) -> dict[str, Any]:  # Any: dataclasses have no common type
+    """Turn a config section into plain values for YAML or JSON; `decode` undoes it."""
+    return _plain(dataclasses.asdict(section))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _describe(problem: Any, section: type) -> str:
+    path = ".".join(str(part) for part in problem["loc"]) or "the top level"
+    match problem["type"]:
+        case "unexpected_keyword_argument":
+            known = _known_keys(section, problem["loc"][:-1])
+            close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+            return f"{path} is not a known key; {hint}"
+        case "missing" | "missing_argument":
+            return f"{path} is required and has no default"
+        case "value_error":
+            return f"{path}: {problem['ctx']['error']}" if problem["loc"] else str(problem["ctx"]["error"])
+        case _:
+            return f"{path} is {problem['input']!r}: {problem['msg'].lower()}"
+
+
+def _known_keys(section: type, path: tuple[Any, ...]) -> list[str]:
+    """Fields at a path, following nested dataclasses and tagged unions."""
+    import typing
+
+    candidates: list[Any] = [section]
+    for part in path:
+        following: list[Any] = []
+        for candidate in candidates:
+            if not dataclasses.is_dataclass(candidate):
+                continue
+            hints = typing.get_type_hints(candidate)
+            if part in hints:
+                following += [hints[part], *typing.get_args(hints[part])]
+        # A tag of a union is a part of the path without being a field.
+        tagged = [c for c in candidates if _tag(c) == part]
+        candidates = following or tagged or candidates
+        candidates += [inner for c in candidates for inner in typing.get_args(c)]
+    fields = [f.name for c in candidates if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)]
+    return sorted(set(fields))
+
+
+def _tag(candidate: Any) -> Any:
+    if not dataclasses.is_dataclass(candidate):
+        return None
+    return next((f.default for f in dataclasses.fields(candidate) if f.name == "type"), None)

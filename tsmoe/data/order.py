@@ -1,0 +1,115 @@
+"""The order of windows as a pure function of (key, position): nothing is stored, nothing shuffled.
+
+A position is the number of a window in the whole run, counted over all ranks; any rank can compute
+the window at any position in O(log sources), so a run resumes from one number and goes on with
+another number of ranks in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+# Windows dealt as one deck: within it each source has its exact share. Large enough that a source
+# with 1/65,536 of the weight is still dealt, small enough that shares hold over few steps.
+DECK_SIZE = 65536
+_ROUNDS = 4
+
+
+def order_key(fingerprint: str, seed: int) -> np.uint64:
+    """Derive the key of an order from the corpus and the seed."""
+    digest = hashlib.sha256(f"{fingerprint}/{seed}".encode()).digest()
+    return np.uint64(int.from_bytes(digest[:8], "little"))
+
+
+@dataclass(frozen=True)
+class WindowOrder:
+    """Deals windows of several sources in fixed shares, each source without repetition per epoch."""
+
+    counts: Integers
+    """Windows of each source; a source without windows is never dealt."""
+    quotas: Integers
+    """Windows of each source in a deck; they add up to `DECK_SIZE`."""
+    key: np.uint64
+
+    def draw(self, positions: Integers) -> tuple[Integers, Integers]:
+        """Return the source and the number of the window within it, for each position."""
+        deck, place = np.divmod(positions, DECK_SIZE)
+        deck_keys = _mix(self.key + deck.astype(np.uint64))
+        card = permute(place, np.full_like(place, DECK_SIZE), deck_keys)
+        ends = self.quotas.cumsum()
+        source = np.searchsorted(ends, card, side="right").astype(np.int64)
+        turn = deck * self.quotas[source] + card - (ends - self.quotas)[source]
+        epoch, turn = np.divmod(turn, self.counts[source])
+        source_keys = _mix(_mix(~self.key + source.astype(np.uint64)) + epoch.astype(np.uint64))
+        return source, permute(turn, self.counts[source], source_keys)
+
+
+def make_order(counts: Integers, sizes: Integers, *, temperature: float, key: np.uint64) -> WindowOrder:
+    """Give each source a share proportional to `size ** temperature`.
+
+    Args:
+        counts: windows of each source.
+        sizes: what shares are proportional to, such as points of each source.
+        temperature: 1 keeps the sizes' proportions, 0 gives every source the same share.
+        key: see `order_key`.
+
+    Raises:
+        ValueError: if no source has a window.
+    """
+    has_windows = counts > 0
+    if not has_windows.any():
+        raise ValueError("no source has a window")
+    weights = np.where(has_windows, np.maximum(sizes, 1).astype(np.float64) ** temperature, 0)
+    exact = weights / weights.sum() * DECK_SIZE
+    quotas = np.where(has_windows, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
+    # Hand out what rounding left over to the largest remainders; take back an excess of the
+    # at-least-one rule from the largest quota.
+    remainder_order = np.argsort(-(exact - quotas), kind="stable")
+    missing = DECK_SIZE - int(quotas.sum())
+    eligible = remainder_order[has_windows[remainder_order]]
+    if missing > 0:
+        quotas[eligible[:missing]] += 1
+    elif missing < 0:
+        quotas[quotas.argmax()] += missing
+    return WindowOrder(counts=counts, quotas=quotas, key=key)
+
+
+def permute(values: Integers, sizes: Integers, keys: NDArray[np.uint64]) -> Integers:
+    """Map each value to another of 0..size-1, one to one for each (size, key).
+
+    Ours: a Feistel network over the next power of four, walked until the result is in range (at
+    most four steps on average), so that no permutation is ever stored.
+    """
+    half_bits = ((np.maximum(sizes - 1, 1).astype(np.float64).view(np.int64) >> 52) - 1023 + 2) // 2
+    half_bits = half_bits.astype(np.uint64)
+    limits = sizes.astype(np.uint64)
+    result = _feistel(values.astype(np.uint64), half_bits, keys)
+    outside = np.flatnonzero(result >= limits)
+    while outside.size:
+        result[outside] = _feistel(result[outside], half_bits[outside], keys[outside])
+        outside = outside[result[outside] >= limits[outside]]
+    return result.astype(np.int64)
+
+
+def _feistel(
+    values: NDArray[np.uint64], half_bits: NDArray[np.uint64], keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
+    for turn in range(_ROUNDS):
+        left, right = right, left ^ (_mix(right + keys + np.uint64(turn << 32)) & mask)
+    return (left << half_bits) | right
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scatter 64 bits (splitmix64's finaliser)."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

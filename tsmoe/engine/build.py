@@ -1,0 +1,88 @@
+"""Build model and engine for the ranks at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
+from tsmoe.engine.optimizer import OptimizerConfig
+from tsmoe.engine.plain_engine import PlainEngine, PlainEngineConfig, Precision
+from tsmoe.engine.protocol import Engine
+from tsmoe.models import ModelConfig, build_model
+from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.ranks import Ranks
+
+
+class TrainingSettings(Protocol):
+    """The training settings that an engine needs."""
+
+    @property
+    def micro_batch_size(self) -> int: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def recomputes_activations(self) -> bool: ...
+    @property
+    def timeout_seconds(self) -> float: ...
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Passes of each rank per optimizer step."""
+        ...
+
+
+class RunSettings(Protocol):
+    """The parts of a run's configuration that an engine is built from."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def training(self) -> TrainingSettings: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def engine(self) -> PlainEngineConfig | DeepSpeedEngineConfig: ...
+
+
+def build_engine(
+    config: RunSettings, ranks: Ranks, *, prepare: Callable[[TimeTracker], None]
+) -> Engine:
+    """Build the model with this rank's experts and hand it to the engine. Collective.
+
+    Args:
+        config: of the run.
+        ranks: all ranks of the run.
+        prepare: what a stage of training does to the model before the engine sees it.
+    """
+    training = config.training
+    model_settings = {
+        "seed": config.seed,
+        "recomputes_activations": training.recomputes_activations,
+    }
+    match config.engine:
+        case PlainEngineConfig():
+            model = build_model(config.model, **model_settings)
+            prepare(model)
+            return PlainEngine(model, config.optimizer, precision=training.precision, ranks=ranks)
+        case DeepSpeedEngineConfig():
+            from tsmoe.engine.deepspeed_engine import (
+                DeepSpeedEngine,
+                expert_factory,
+                initialise_deepspeed,
+            )
+
+            initialise_deepspeed(ranks, timeout_seconds=training.timeout_seconds)
+            make_experts = expert_factory(config.engine, ranks)
+            model = build_model(config.model, make_experts=make_experts, **model_settings)
+            prepare(model)
+            return DeepSpeedEngine(
+                model,
+                config.engine,
+                config.optimizer,
+                precision=training.precision,
+                micro_batch_size=training.micro_batch_size,
+                gradient_accumulation_steps=training.gradient_accumulation_steps(ranks.size),
+                ranks=ranks,
+            )

@@ -1,0 +1,110 @@
+"""The DeepSpeed engine's settings, and the JSON that DeepSpeed gets from them.
+
+The run config owns batch sizes, precision, clipping, optimizer and schedule; a JSON file of the
+user (see ds_configs/) may set anything else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tsmoe.config import Section
+from tsmoe.errors import ConfigError
+
+OWNED_BY_RUN_CONFIG = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "amp": "training.precision",
+    "torch_autocast": "training.precision",
+    "data_types": "training.precision",
+    "gradient_clipping": "optimizer.clip_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "expert_parallel": "engine.expert_parallel_size",
+    "tensorboard": "the run folder, where tensorboard files always go",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedEngineConfig(Section):
+    """DeepSpeed with ZeRO, and experts spread over ranks."""
+
+    type: Literal["deepspeed"] = "deepspeed"
+    zero_stage: int = 1
+    """1 partitions optimizer states, 2 gradients too; the numbers are the same."""
+    expert_parallel_size: int = 1
+    """Ranks that share one set of experts; consecutive ranks form a group."""
+    config_file: str | None = None
+    """A DeepSpeed JSON with settings that the run config does not own."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage is 3, but DeepSpeed 0.19.8 refuses its expert layers under stage 3; "
+                "use 1 or 2"
+            )
+        if self.zero_stage == 0:
+            raise ValueError(
+                "zero_stage is 0, but DeepSpeed 0.19.8 computes a wrong gradient norm for experts "
+                "there (in fp32 ranks are averaged, in bf16 experts are left out), so clipping "
+                "would be wrong; use 1, which costs no extra memory"
+            )
+        if self.zero_stage not in (1, 2):
+            raise ValueError(f"zero_stage is {self.zero_stage}; use 1 or 2")
+        if self.expert_parallel_size < 1:
+            raise ValueError(f"expert_parallel_size ({self.expert_parallel_size}) must be at least 1")
+
+
+def deepspeed_json(
+    config: DeepSpeedEngineConfig,
+    *,
+    precision: str,
+    clip_grad_norm: float,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+) -> dict[str, Any]:
+    """Join the run config's settings with those of the user's JSON file.
+
+    Raises:
+        ConfigError: if the file cannot be read or sets what the run config owns.
+    """
+    values: dict[str, Any] = {}
+    if config.config_file is not None:
+        values = _read_user_json(Path(config.config_file))
+    zero = values.setdefault("zero_optimization", {})
+    if zero.get("stage", config.zero_stage) != config.zero_stage:
+        raise ConfigError(
+            f"{config.config_file}: zero_optimization.stage is {zero['stage']} and "
+            f"engine.zero_stage is {config.zero_stage}; set engine.zero_stage only"
+        )
+    zero["stage"] = config.zero_stage
+    values |= {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": clip_grad_norm,
+        # The engine raises on a gradient that is not finite instead of stepping over it.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+    }
+    values.setdefault("steps_per_print", 10**9)
+    return values
+
+
+def _read_user_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; check engine.config_file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected an object at the top, got {type(values).__name__}")
+    if owned := sorted(values.keys() & OWNED_BY_RUN_CONFIG.keys()):
+        owners = "; ".join(f"{key}: set {OWNED_BY_RUN_CONFIG[key]}" for key in owned)
+        raise ConfigError(f"{path}: {', '.join(owned)} belongs to the run config ({owners})")
+    return values

@@ -1,0 +1,67 @@
+"""Experts that DeepSpeed recognises as such, so that it reduces and clips their gradients rightly.
+
+What DeepSpeed 0.19.8 reads: `isinstance(module, MoE)`, `num_experts`, `num_local_experts`,
+`expert_group_name`, `set_deepspeed_parallelism()`, and on each parameter `allreduce = False` and
+`group_name`. Its own layer's gate, capacity and einsum are not used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.moe.layer import MoE
+from torch import nn
+
+from tsmoe.errors import ConfigError
+from tsmoe.moe.experts import Experts
+from tsmoe.ranks import Ranks
+
+
+class DeepSpeedExperts(Experts, MoE):
+    """This rank's share of a layer's experts.
+
+    Holds experts and nothing else; parameter names are those of `Experts`, so that checkpoints and
+    packages are the same with and without DeepSpeed.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        # MoE.__init__ would build DeepSpeed's own gate and experts; nn.Module's comes with Experts.
+        Experts.__init__(self, **settings)
+        self.ep_size = self.ranks.size
+        self.expert_group_name = f"ep_size_{self.ep_size}"
+        self.enable_expert_tensor_parallelism = False
+        self.use_residual = False
+        for parameter in self.parameters(recurse=False):
+            _mark(parameter, self.expert_group_name)
+
+    # The groups were made in `expert_ranks`, before the weights; DeepSpeed asks for them again.
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Refuse the one layout that the groups were not made for."""
+        if use_data_before_expert_parallel_:
+            raise ConfigError(
+                "use_data_before_expert_parallelism is set in the DeepSpeed JSON, but ranks that "
+                "share experts are consecutive here; remove it"
+            )
+
+    forward = Experts.forward
+
+
+def expert_ranks(world: Ranks, expert_parallel_size: int) -> Ranks:
+    """Make DeepSpeed's expert groups and return the one of this rank. Collective."""
+    from deepspeed.utils import groups
+
+    name = f"ep_size_{expert_parallel_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(expert_parallel_size)
+    return Ranks(
+        rank=groups._get_expert_parallel_rank(name),
+        size=expert_parallel_size,
+        local_rank=world.local_rank,
+        group=groups._get_expert_parallel_group(name),
+        device=world.device,
+    )
+
+
+def _mark(parameter: nn.Parameter, group_name: str) -> None:
+    parameter.allreduce = False  # type: ignore[attr-defined]
+    parameter.group_name = group_name  # type: ignore[attr-defined]

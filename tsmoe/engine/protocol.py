@@ -1,0 +1,55 @@
+"""What the training loop asks of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from tsmoe.batch import WindowBatch
+from tsmoe.checkpoint.elastic import Snapshot, StateReader
+from tsmoe.models.output import ModelOutput
+from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """What an optimizer step found."""
+
+    grad_norm: float
+    """L2 norm of the gradient of all parameters before clipping, each expert counted once; not
+    finite if the update was skipped."""
+
+
+class Engine(Protocol):
+    """Owns model, optimizer and the exchange between ranks.
+
+    Gradients are summed over micro-batches and *averaged* over ranks, so the loss handed to
+    `backward` is this rank's share times the number of ranks. Every method is collective.
+    """
+
+    model: TimeTracker
+    """The bare model, whose parameter names are the same in every engine."""
+    ranks: Ranks
+
+    def forward(self, batch: WindowBatch) -> ModelOutput:
+        """Run the model on the context of the batch's windows."""
+        ...
+
+    def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
+        """Add the gradients of a micro-batch; exchange them with the last one."""
+        ...
+
+    def update(self, *, lr: float) -> UpdateReport:
+        """Clip and step, unless the gradient is not finite; then parameters stay as they are."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """Copy the training state to host memory, in full precision, split by who writes what."""
+        ...
+
+    def restore(self, reader: StateReader, *, step: int) -> None:
+        """Set the training state from a checkpoint that any engine wrote after `step` steps."""
+        ...

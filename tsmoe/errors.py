@@ -1,0 +1,17 @@
+"""Errors that a user can cause and mend; the command line turns each into one line and an exit code."""
+
+from data_pipeline.errors import ConfigError, DataError, TsmoeError
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "TrainingError", "TsmoeError"]
+
+
+class CheckpointError(TsmoeError, ValueError):
+    """A run folder, checkpoint or package is missing, damaged, or belongs to another model."""
+
+    exit_code = 3
+
+
+class TrainingError(TsmoeError, RuntimeError):
+    """Training met a state it must not go on from, such as a loss that is not finite."""
+
+    exit_code = 1

@@ -1,0 +1,72 @@
+"""The loss of a batch, as sums that can be added over micro-batches and ranks.
+
+Shapes: B windows, C variates, L points of a window, N patches, P patch length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsmoe.batch import WindowBatch
+from tsmoe.heads import NextPatchHead
+from tsmoe.models.output import ModelOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """Sums over the points that count, by window, so that a bad one can be named."""
+
+    error_B: Tensor
+    """Sum of the point errors of each window; carries the gradient."""
+    count_B: Tensor
+    """Points that were summed, int64."""
+
+
+def target_patches(
+    batch: WindowBatch, *, patch_length: int, patch_stride: int
+) -> tuple[Tensor, Tensor]:
+    """Return target_BCNP and is_target_BCNP: the patch after each token of the context.
+
+    The context is the window without its last `patch_length` points.
+    """
+    after = slice(patch_length, None)
+    target_BCNP = batch.values_BCL[..., after].unfold(-1, patch_length, patch_stride)
+    is_target_BCNP = batch.is_target_BCL[..., after].unfold(-1, patch_length, patch_stride)
+    return target_BCNP, is_target_BCNP
+
+
+def next_patch_loss(
+    head: NextPatchHead,
+    output: ModelOutput,
+    target_BCNP: Tensor,
+    is_target_BCNP: Tensor,
+    *,
+    target_clip: float,
+) -> LossTerms:
+    """Compare each token's prediction with the patch that followed.
+
+    Errors are measured in the token's own location and scale, so that every series weighs alike.
+    The arithmetic is float32 whatever the precision of the model. Tokens that have seen only a
+    constant have no scale yet: their error is 0, though their points count, so that the number of
+    points is known before the forward pass.
+
+    Args:
+        head: knows how a prediction is scored.
+        output: of the context.
+        target_BCNP: what followed, in the unit of the values.
+        is_target_BCNP: True where a point counts.
+        target_clip: normalised targets are clipped to this many scales. Ours: after a nearly
+            constant past the scale is tiny, and one jump would outweigh the batch.
+    """
+    statistics = output.statistics
+    normalised_BCNP = (target_BCNP - statistics.loc_BCN1) / statistics.scale_BCN1
+    normalised_BCNP = normalised_BCNP.clamp(-target_clip, target_clip)
+    errors_BCNP = head.point_errors(output.prediction_BCNPK, normalised_BCNP)
+    is_measurable_BCNP = is_target_BCNP & ~statistics.is_degenerate_BCN[..., None]
+    errors_BCNP = torch.where(is_measurable_BCNP, errors_BCNP, 0)
+    return LossTerms(
+        error_B=errors_BCNP.sum((1, 2, 3)), count_B=is_target_BCNP.sum((1, 2, 3))
+    )

@@ -1,0 +1,25 @@
+"""What a forward pass returns: everything the step produced.
+
+Shapes: B windows, C variates, N patches, P points of the predicted patch, K values per point
+(1, or quantile levels).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tsmoe.moe.routing import Routing
+from tsmoe.nn.instance_norm import InstanceStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """Predictions in normalised units with the statistics that scale them back."""
+
+    prediction_BCNPK: Tensor
+    """Of the patch after each token, measured in that token's location and scale."""
+    statistics: InstanceStatistics
+    routings: tuple[Routing, ...]
+    """One per expert layer, first layer first."""

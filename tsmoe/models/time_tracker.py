@@ -1,0 +1,176 @@
+"""Time Tracker: a causal patch transformer with sequence-routed experts (arXiv 2505.15151).
+
+Shapes: B windows, C variates, L context points, N patches, P patch length, D model width, K values
+per predicted point; 1 kept for broadcasting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tsmoe.config import Section
+from tsmoe.heads import HeadConfig, PointHeadConfig, build_head
+from tsmoe.models.block import Block, FeedForwardConfig
+from tsmoe.models.output import ModelOutput
+from tsmoe.moe.experts import Experts
+from tsmoe.moe.layer import ExpertFactory, MoEConfig
+from tsmoe.moe.routing import Routing
+from tsmoe.nn.instance_norm import InstanceNormConfig, instance_statistics
+from tsmoe.nn.patch import PatchEmbedding, cut_patches, patch_ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeTrackerConfig(Section):
+    """Time Tracker (arXiv 2505.15151). The paper states no sizes: the defaults are ours."""
+
+    type: Literal["time_tracker"] = "time_tracker"
+    patch_length: int = 96
+    """Points in a patch; each token predicts as many points after it."""
+    patch_stride: int = 96
+    """Points between the starts of neighbouring patches; must divide `patch_length`."""
+    context_length: int = 2880
+    """Points that a forecast is made from."""
+    d_model: int = 384
+    num_layers: int = 6
+    num_heads: int = 6
+    dropout: float = 0.0
+    """On the outputs of attention and feed-forward, while training."""
+    rotary_base: float = 10000.0
+    instance_norm: InstanceNormConfig = field(default_factory=InstanceNormConfig)
+    feed_forward: FeedForwardConfig = field(default_factory=MoEConfig)
+    head: HeadConfig = field(default_factory=PointHeadConfig)
+
+    def __post_init__(self) -> None:
+        if self.patch_length < 1 or self.patch_stride < 1 or self.patch_length % self.patch_stride:
+            raise ValueError(
+                f"patch_stride ({self.patch_stride}) must divide patch_length "
+                f"({self.patch_length}); both must be at least 1"
+            )
+        if self.context_length < self.patch_length:
+            raise ValueError(
+                f"context_length ({self.context_length}) must hold at least one patch "
+                f"(patch_length is {self.patch_length})"
+            )
+        if self.context_length % self.patch_stride:
+            below = self.context_length // self.patch_stride * self.patch_stride
+            raise ValueError(
+                f"context_length ({self.context_length}) must be a multiple of patch_stride "
+                f"({self.patch_stride}); nearest are {below} and {below + self.patch_stride}"
+            )
+        if self.d_model % (2 * self.num_heads):
+            raise ValueError(
+                f"d_model ({self.d_model}) must be a multiple of twice num_heads "
+                f"({self.num_heads}), as rotary embedding turns pairs of coordinates"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout ({self.dropout}) must be at least 0 and below 1")
+
+    @property
+    def window_length(self) -> int:
+        """Points of a training window: the context and the patch after its last token."""
+        return self.context_length + self.patch_length
+
+
+class TimeTracker(nn.Module):
+    """Predicts, from each token of each variate, the patch that follows it.
+
+    Source: Time Tracker (arXiv 2505.15151).
+    """
+
+    def __init__(
+        self,
+        config: TimeTrackerConfig,
+        *,
+        seed: int = 0,
+        make_experts: ExpertFactory = Experts,
+        recomputes_activations: bool = False,
+    ) -> None:
+        """Build with weights drawn from `seed`; torch's own random state is left as it was."""
+        super().__init__()
+        self.config = config
+        self.recomputes_activations = recomputes_activations
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.embed = PatchEmbedding(config.patch_length, config.d_model)
+            self.blocks = nn.ModuleList(
+                Block(
+                    d_model=config.d_model,
+                    num_heads=config.num_heads,
+                    rotary_base=config.rotary_base,
+                    dropout=config.dropout,
+                    feed_forward=config.feed_forward,
+                    layer_index=layer_index,
+                    num_layers=config.num_layers,
+                    seed=seed,
+                    make_experts=make_experts,
+                )
+                for layer_index in range(config.num_layers)
+            )
+            self.output_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+            self.head = build_head(config.head, config.d_model, config.patch_length)
+            self._initialise()
+
+    def forward(
+        self,
+        values_BCL: Tensor,
+        observed_BCL: Tensor,
+        adjacency_BCC: Tensor | None = None,
+    ) -> ModelOutput:
+        """Predict the patch after each token.
+
+        Args:
+            values_BCL: points in any unit; L need not be a multiple of the patch length.
+            observed_BCL: True where recorded; other values are ignored and may be NaN.
+            adjacency_BCC: which variates may look at which; None keeps each to itself.
+        """
+        cut = {"patch_length": self.config.patch_length, "patch_stride": self.config.patch_stride}
+        patches_BCNP = cut_patches(values_BCL, **cut)
+        observed_BCNP = cut_patches(observed_BCL, **cut)
+        count = patches_BCNP.shape[2]
+        padding = (count - 1) * cut["patch_stride"] + cut["patch_length"] - values_BCL.shape[-1]
+        ends = patch_ends(count, device=values_BCL.device, **cut) - padding
+        statistics = instance_statistics(
+            values_BCL, observed_BCL, ends, mode=self.config.instance_norm.mode
+        )
+        normalised_BCNP = (patches_BCNP - statistics.loc_BCN1) / statistics.scale_BCN1
+        normalised_BCNP = torch.where(observed_BCNP, normalised_BCNP, 0)
+        tokens_BCND = self.embed(
+            normalised_BCNP.to(self.embed.values.weight.dtype), observed_BCNP
+        )
+        routings: list[Routing] = []
+        state: Tensor | None = None
+        for block in self.blocks:
+            if self.recomputes_activations and torch.is_grad_enabled():
+                tokens_BCND, routing, state = checkpoint(
+                    block, tokens_BCND, adjacency_BCC, state, use_reentrant=False
+                )
+            else:
+                tokens_BCND, routing, state = block(tokens_BCND, adjacency_BCC, state)
+            if routing is not None:
+                routings.append(routing)
+        prediction_BCNPK = self.head(self.output_norm(tokens_BCND))
+        return ModelOutput(
+            prediction_BCNPK=prediction_BCNPK, statistics=statistics, routings=tuple(routings)
+        )
+
+    def routers(self) -> list[nn.Module]:
+        """Routers of the expert layers, in the order of `ModelOutput.routings`."""
+        layers = (block.feed_forward for block in self.blocks)
+        return [layer.router for layer in layers if hasattr(layer, "router")]
+
+    def _initialise(self) -> None:
+        # Ways back to the residual stream are small, so that depth does not add up their noise.
+        returning = ("attention.output", "down")
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                if name.endswith(returning):
+                    std /= (2 * self.config.num_layers) ** 0.5
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)

@@ -1,0 +1,1 @@
+"""Mixture of experts: routing, dispatch and expert compute; runs with and without ranks."""

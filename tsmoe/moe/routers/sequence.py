@@ -1,0 +1,81 @@
+"""Time Tracker's router: affinity to learned cluster centres, one decision per variate and window.
+
+Shapes: B windows, C variates, N patches, D model width, E routed experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tsmoe.config import Section
+from tsmoe.moe.routers.load_bias import LoadBias
+from tsmoe.moe.routing import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceRouterConfig(Section):
+    """Routing by affinity to token clusters, balanced by a bias that only selects.
+
+    Time Tracker (arXiv 2505.15151), Algorithm 1.
+    """
+
+    type: Literal["sequence"] = "sequence"
+    mode: Literal["sequence", "prefix", "token"] = "prefix"
+    """`sequence`: the mean affinity of all tokens decides for all (the paper's). `prefix`: the mean
+    up to each token decides for it, so that no decision knows the future. `token`: each its own."""
+    top_k: int = 2
+    """Experts chosen per decision."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k ({self.top_k}) must be at least 1")
+
+
+class SequenceRouter(nn.Module):
+    """Choose the `top_k` experts whose cluster centres are nearest, plus a load bias.
+
+    The bias decides who is chosen and never how much they contribute.
+
+    Source: Time Tracker (arXiv 2505.15151), Algorithm 1; balance as in loss-free balancing (arXiv
+    2408.15664). Ours: sigmoid affinity, weights renormalised over the chosen.
+    """
+
+    def __init__(self, config: SequenceRouterConfig, d_model: int, num_experts: int) -> None:
+        super().__init__()
+        self.mode = config.mode
+        self.top_k = config.top_k
+        self.clusters_ED = nn.Parameter(torch.empty(num_experts, d_model))
+        # Tokens are RMS-normalised, so this gives logits of unit variance.
+        nn.init.normal_(self.clusters_ED, std=d_model**-0.5)
+        self.balance = LoadBias(num_experts)
+
+    def forward(self, tokens_BCND: Tensor, state: Tensor | None) -> tuple[Routing, Tensor | None]:
+        """Route; the state passes through untouched, as this router keeps none."""
+        # bf16 affinities of neighbouring experts would tie; the product is small, so fp32 is cheap.
+        with torch.autocast(tokens_BCND.device.type, enabled=False):
+            logits_BCNE = tokens_BCND.float() @ self.clusters_ED.float().T
+        scores_BCNE = logits_BCNE.sigmoid()
+        patches = scores_BCNE.shape[2]
+        match self.mode:
+            case "sequence":
+                scores_BCNE = scores_BCNE.mean(2, keepdim=True)
+            case "prefix":
+                counts_N1 = torch.arange(1, patches + 1, device=scores_BCNE.device)[:, None]
+                scores_BCNE = scores_BCNE.cumsum(2) / counts_N1
+        biased_BCNE = scores_BCNE.detach() + self.balance.bias_E
+        expert_ids_BCNK = biased_BCNE.topk(self.top_k, dim=-1).indices
+        chosen_BCNK = scores_BCNE.gather(-1, expert_ids_BCNK)
+        weights_BCNK = chosen_BCNK / chosen_BCNK.sum(-1, keepdim=True)
+        load_E = torch.bincount(expert_ids_BCNK.flatten(), minlength=len(self.clusters_ED))
+        routing = Routing(
+            expert_ids_BCNK=expert_ids_BCNK.expand(-1, -1, patches, -1),
+            weights_BCNK=weights_BCNK.expand(-1, -1, patches, -1),
+            scores_BCNE=scores_BCNE,
+            load_E=load_E,
+            is_per_sequence=self.mode == "sequence",
+        )
+        return routing, state

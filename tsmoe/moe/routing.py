@@ -1,0 +1,47 @@
+"""What a router decides, as a value that travels with the step.
+
+Shapes: B windows, C variates, N patches, K experts per token, E routed experts; 1 kept for
+broadcasting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tsmoe.moe.routers.load_bias import LoadBias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which experts each token goes to and how much each contributes."""
+
+    expert_ids_BCNK: Tensor
+    """int64; a sequence router repeats its answer along N (expanded, not copied)."""
+    weights_BCNK: Tensor
+    """float32 contribution of each chosen expert."""
+    scores_BCNE: Tensor
+    """float32 before selection; N is 1 for a sequence router. Balance losses need them."""
+    load_E: Tensor
+    """int64, detached: decisions for each expert in the router's own unit (token or sequence)."""
+    is_per_sequence: bool
+    """Whether all tokens of a variate share one decision, so that whole sequences may move."""
+
+
+class Router(Protocol):
+    """Decides which experts serve which token.
+
+    A router may carry a state from layer to layer; those without one return None for it.
+    """
+
+    balance: LoadBias
+    """Moved after each optimizer step, from loads summed over all ranks."""
+
+    def forward(
+        self, tokens_BCND: Tensor, state: Tensor | None
+    ) -> tuple[Routing, Tensor | None]:
+        """Route normalised tokens."""
+        ...

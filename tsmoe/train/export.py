@@ -1,0 +1,77 @@
+"""Make a package out of a checkpoint, with a card that says where it comes from."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsmoe import __version__
+from tsmoe.checkpoint.elastic import expert_parameters
+from tsmoe.checkpoint.layout import CheckpointMeta
+from tsmoe.checkpoint.package import model_from_checkpoint, save_package
+from tsmoe.checkpoint.resume import open_checkpoint
+from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.moe.layer import MoELayer
+
+
+def export_package(checkpoint: Path, package: Path) -> dict[str, Any]:
+    """Write the package of a run folder or checkpoint and return its card.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing or damaged, or the package can't be written.
+    """
+    folder, meta = open_checkpoint(checkpoint)
+    model = model_from_checkpoint(folder, meta)
+    card = _card(model, meta, folder)
+    save_package(package, model, card)
+    return card
+
+
+def _card(model: TimeTracker, meta: CheckpointMeta, folder: Path) -> dict[str, Any]:
+    config = meta.config
+    steps = meta.step
+    return {
+        "made_by": f"tsmoe {__version__}",
+        "made_on": datetime.now(UTC).isoformat(timespec="seconds"),
+        "architecture": config["model"]["type"],
+        "step": steps,
+        "windows_seen": meta.windows_seen,
+        "points_seen": meta.windows_seen * config["model"]["context_length"],
+        "parameters": _count(model),
+        "context_length": config["model"]["context_length"],
+        "patch_length": config["model"]["patch_length"],
+        "training_data": {"corpus": config["corpus"], "fingerprint": meta.corpus_fingerprint},
+        "metrics": _last_metrics(folder.parent.parent / "metrics.jsonl", steps),
+        "training": {key: config[key] for key in ("training", "optimizer", "schedule", "balance",
+                                                  "data", "engine", "seed")},  # fmt: skip
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "licence": "Apache-2.0 (weights); the training data keep their own licences",
+    }
+
+
+def _count(model: TimeTracker) -> dict[str, int]:
+    """Count parameters, in all and those that a token passes."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    routed = sum(sizes[name] for name in expert_parameters(model))
+    total = sum(sizes.values())
+    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+    used = routed
+    if layers:
+        used = routed * layers[0].router.top_k // layers[0].experts.num_experts
+    return {"total": total, "active": total - routed + used}
+
+
+def _last_metrics(path: Path, step: int) -> dict[str, float]:
+    """Read the last training and validation loss up to a step."""
+    found: dict[str, float] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if values["step"] < step:
+                found |= {k: v for k, v in values.items() if k.startswith("loss/")}
+    return found

@@ -1,0 +1,247 @@
+"""The pretraining loop: set a run up, go through its steps, save, validate, end.
+
+Everything that decides the numbers is a function of config, corpus and step, so that a run that
+was killed goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+import yaml
+
+from data_pipeline.shards.reader import Corpus
+from tsmoe import ranks as ranks_module
+from tsmoe.batch import WindowBatch
+from tsmoe.checkpoint.elastic import StateReader
+from tsmoe.checkpoint.layout import CheckpointMeta, write_text
+from tsmoe.checkpoint.resume import check_same_model, newest_checkpoint
+from tsmoe.checkpoint.saver import CheckpointSaver
+from tsmoe.config import encode
+from tsmoe.data.loader import TrainingBatches, ValidationBatches, load_training
+from tsmoe.data.windows import training_windows, validation_windows
+from tsmoe.engine.build import build_engine
+from tsmoe.engine.protocol import Engine
+from tsmoe.errors import CheckpointError
+from tsmoe.ranks import Ranks
+from tsmoe.train.metrics import MetricsWriter, load_biases
+from tsmoe.train.progress import TrainingProgress
+from tsmoe.train.run_config import RunConfig
+from tsmoe.train.schedule import balance_rate, learning_rate
+from tsmoe.train.signals import StopRequest
+from tsmoe.train.stages import prepare_pretraining
+from tsmoe.train.step import training_step, validation_loss
+
+logger = logging.getLogger(__name__)
+
+DONE_MARKER, REQUEUE_MARKER = "DONE", "REQUEUE"
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    DONE = "done"
+    STOPPED = "stopped on request after saving"
+
+
+@dataclass(frozen=True)
+class _Data:
+    corpus: Corpus
+    training: TrainingBatches
+    validation: list[WindowBatch]
+
+
+def pretrain(config: RunConfig) -> Outcome:
+    """Pretrain, or go on with a run that was interrupted. Every rank of the launcher calls it.
+
+    Leaves in the run folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and a marker,
+    `DONE` or `REQUEUE`.
+
+    Raises:
+        ConfigError: if the settings do not fit one another or the number of ranks.
+        DataError: if the corpus is missing, damaged or too short.
+        CheckpointError: if the run folder holds another run, or the last save failed.
+        TrainingError: if the loss or the gradient is not finite.
+    """
+    config.check_world_size(ranks_module.launched_world_size())
+    ranks = ranks_module.start(
+        timeout_seconds=config.training.timeout_seconds, device=config.training.device
+    )
+    run = Path(config.run)
+    corpus = Corpus.open(config.corpus)
+    found = newest_checkpoint(run / "checkpoints") if (run / "checkpoints").exists() else None
+    if found is not None:
+        _check_resumable(config, corpus, *found)
+    engine = build_engine(config, ranks, prepare=prepare_pretraining)
+    first_step, first_window = 0, 0
+    if found is not None:
+        folder, meta = found
+        with StateReader(folder, meta) as reader:
+            engine.restore(reader, step=meta.step)
+        first_step, first_window = meta.step, meta.windows_seen
+        if ranks.is_first:
+            logger.info("going on from %s", folder)
+    if first_step >= config.training.steps:
+        if ranks.is_first:
+            logger.info(
+                "%s is done: step %d of %d; raise training.steps to go on, or choose another run=",
+                run, first_step, config.training.steps,
+            )  # fmt: skip
+            write_text(run / DONE_MARKER, f"{first_step}\n")
+        return Outcome.DONE
+    data = _open_data(config, corpus, ranks, first_window)
+    if ranks.is_first:
+        run.mkdir(parents=True, exist_ok=True)
+        for marker in (DONE_MARKER, REQUEUE_MARKER):
+            (run / marker).unlink(missing_ok=True)
+        write_text(run / "config.yaml", yaml.safe_dump(encode(config), sort_keys=False))
+    return _train(config, engine, data, first_step, first_window)
+
+
+def _train(
+    config: RunConfig, engine: Engine, data: _Data, first_step: int, first_window: int
+) -> Outcome:
+    """Go through the remaining steps."""
+    run, ranks, training = Path(config.run), engine.ranks, config.training
+    passes = training.gradient_accumulation_steps(ranks.size)
+    batches = load_training(
+        data.training,
+        num_batches=(training.steps - first_step) * passes,
+        num_workers=config.data.num_workers,
+        device=ranks.device,
+    )
+    saver = CheckpointSaver(run / "checkpoints", config.checkpoint, ranks)
+    writer = None
+    if ranks.is_first:
+        writer = MetricsWriter(
+            run, first_step=first_step, log_every_steps=training.log_every_steps
+        )
+    progress = TrainingProgress(
+        steps=training.steps,
+        first_step=first_step,
+        log_every_steps=training.log_every_steps,
+        is_shown=ranks.is_first,
+    )
+    points_per_step = training.global_batch_size * config.model.context_length
+    outcome = Outcome.DONE
+    with StopRequest() as stop, progress:
+        for step in range(first_step, training.steps):
+            begun = time.monotonic()
+            micro_batches = [b.to(ranks.device) for b in itertools.islice(batches, passes)]
+            waited = time.monotonic() - begun
+            seed_step(config.seed, step, ranks.rank)
+            report = training_step(
+                engine,
+                micro_batches,
+                step=step,
+                lr=learning_rate(
+                    step, steps=training.steps, peak=config.optimizer.lr, config=config.schedule
+                ),
+                balance_rate=balance_rate(step, steps=training.steps, config=config.balance),
+                target_clip=training.target_clip,
+                series_name=data.corpus.item_id,
+                flags=(stop.is_set, saver.is_writing),
+            )
+            num_stops, num_writing = report.flags
+            seconds = time.monotonic() - begun
+            done = step + 1
+            is_last = done == training.steps or num_stops > 0
+            if writer is not None:
+                writer.write_step(
+                    step,
+                    report,
+                    bias_ME=load_biases(engine.model.routers()),
+                    points_per_second=points_per_step / seconds,
+                    data_wait_share=waited / seconds,
+                )
+            if saver.is_pending and not num_writing:
+                saver.finish()
+            if done % config.checkpoint.every_steps == 0 or is_last:
+                windows_seen = first_window + (done - first_step) * training.global_batch_size
+                saver.begin(_meta(config, data.corpus, done, windows_seen), engine.snapshot())
+            if done % training.validate_every_steps == 0 or done == training.steps:
+                loss = validation_loss(engine, data.validation, target_clip=training.target_clip)
+                progress.validated(loss)
+                if writer is not None:
+                    writer.write_validation(step, loss)
+            progress.advanced(done, loss=report.loss, points_per_second=points_per_step / seconds)
+            if is_last:
+                outcome = Outcome.DONE if done == training.steps else Outcome.STOPPED
+                break
+    if writer is not None:
+        writer.close()
+    saver.close(must_succeed=True)
+    if ranks.is_first:
+        marker = DONE_MARKER if outcome is Outcome.DONE else REQUEUE_MARKER
+        write_text(run / marker, f"{done}\n")
+        logger.info("%s: %s at step %d of %d", run, outcome.value, done, training.steps)
+    return outcome
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the random numbers of a step a function of the step, so that none need saving."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _open_data(config: RunConfig, corpus: Corpus, ranks: Ranks, first_window: int) -> _Data:
+    lengths = {
+        "window_length": config.model.window_length,
+        "patch_length": config.model.patch_length,
+    }
+    index = training_windows(corpus, stride=config.data.window_stride, **lengths)
+    if ranks.is_first and index.unusable_series:
+        logger.warning(
+            "%s: %d of %d series have no more than %d points before the split and are not used",
+            corpus.path, index.unusable_series, corpus.num_series, config.model.patch_length,
+        )  # fmt: skip
+    training = TrainingBatches(
+        corpus,
+        index,
+        seed=config.seed,
+        temperature=config.data.source_temperature,
+        micro_batch_size=config.training.micro_batch_size,
+        ranks=ranks,
+        first_window=first_window,
+    )
+    validation = ValidationBatches(
+        corpus,
+        validation_windows(corpus, **lengths),
+        max_windows=config.data.max_validation_windows,
+        batch_size=config.training.micro_batch_size,
+        ranks=ranks,
+    )
+    held = [validation[i].to(ranks.device) for i in range(len(validation))]
+    return _Data(corpus=corpus, training=training, validation=held)
+
+
+def _meta(config: RunConfig, corpus: Corpus, step: int, windows_seen: int) -> CheckpointMeta:
+    return CheckpointMeta(
+        step=step,
+        windows_seen=windows_seen,
+        config=encode(config),
+        corpus_fingerprint=corpus.fingerprint,
+    )
+
+
+def _check_resumable(
+    config: RunConfig, corpus: Corpus, folder: Path, meta: CheckpointMeta
+) -> None:
+    check_same_model(meta, encode(config), folder)
+    if meta.corpus_fingerprint != corpus.fingerprint:
+        raise CheckpointError(
+            f"{folder}: trained on a corpus with fingerprint {meta.corpus_fingerprint[:12]}, but "
+            f"{corpus.path} has {corpus.fingerprint[:12]}; use that corpus, or another run="
+        )
+    if meta.config["seed"] != config.seed:
+        raise CheckpointError(
+            f"{folder}: trained with seed {meta.config['seed']}, but seed is {config.seed}; "
+            "the order of windows would jump; use that seed, or another run="
+        )

@@ -1,0 +1,149 @@
+"""The whole configuration of a pretraining run, and how it is put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tsmoe.checkpoint.saver import CheckpointConfig
+from tsmoe.config import Section, decode, merge_layers, parse_override, read_yaml
+from tsmoe.data.loader import DataConfig
+from tsmoe.engine import EngineConfig, PlainEngineConfig
+from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
+from tsmoe.engine.optimizer import OptimizerConfig
+from tsmoe.engine.plain_engine import Precision
+from tsmoe.errors import ConfigError
+from tsmoe.models import ModelConfig
+from tsmoe.models.time_tracker import TimeTrackerConfig
+from tsmoe.moe.layer import MoEConfig
+from tsmoe.train.schedule import BalanceConfig, ScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Section):
+    """Sizes and cadence of the training loop."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 256
+    """Windows of one optimizer step, over all ranks."""
+    micro_batch_size: int = 64
+    """Windows of one rank and one pass; the rest of the step is done by accumulation."""
+    precision: Precision = "fp32"
+    recomputes_activations: bool = False
+    """Save memory by computing each block's activations again in the backward pass."""
+    target_clip: float = 10.0
+    """Normalised targets are clipped to this many scales in the loss."""
+    validate_every_steps: int = 100
+    log_every_steps: int = 10
+    """Steps between lines of the log and points of tensorboard; metrics.jsonl has every step."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    timeout_seconds: float = 600.0
+    """A collective that waits longer than this for another rank fails."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "micro_batch_size", "validate_every_steps",
+                     "log_every_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.target_clip <= 0 or self.timeout_seconds <= 0:
+            raise ValueError(
+                f"target_clip ({self.target_clip}) and timeout_seconds ({self.timeout_seconds}) "
+                "must be above 0"
+            )
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Passes of each rank per optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """Everything that a pretraining run is determined by."""
+
+    run: str
+    """Folder of the run."""
+    corpus: str
+    """Folder of the corpus, made by `tsmoe data build`."""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=TimeTrackerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=PlainEngineConfig)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Check what depends on the number of ranks, before any data is opened.
+
+        Raises:
+            ConfigError: naming both fields and both values.
+        """
+        training = self.training
+        per_pass = training.micro_batch_size * world_size
+        if training.global_batch_size % per_pass:
+            raise ConfigError(
+                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+                f"training.micro_batch_size ({training.micro_batch_size}) times the number of "
+                f"ranks ({world_size})"
+            )
+        if not isinstance(self.engine, DeepSpeedEngineConfig):
+            return
+        size = self.engine.expert_parallel_size
+        if world_size % size:
+            raise ConfigError(
+                f"engine.expert_parallel_size ({size}) must divide the number of ranks "
+                f"({world_size}); start more ranks or set engine.expert_parallel_size=1"
+            )
+        feed_forward = self.model.feed_forward
+        if not isinstance(feed_forward, MoEConfig):
+            if size > 1:
+                raise ConfigError(
+                    f"engine.expert_parallel_size is {size}, but model.feed_forward is dense; "
+                    "set engine.expert_parallel_size=1"
+                )
+        elif feed_forward.num_experts % size:
+            raise ConfigError(
+                f"engine.expert_parallel_size ({size}) must divide "
+                f"model.feed_forward.num_experts ({feed_forward.num_experts})"
+            )
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the product."""
+    folder = resources.files("tsmoe") / "presets"
+    return sorted(
+        Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def read_preset(name_or_path: str) -> dict[str, Any]:
+    """Read a preset by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: if there is no such preset or file.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        return read_yaml(Path(name_or_path))
+    if name_or_path not in preset_names():
+        raise ConfigError(
+            f"{name_or_path!r} is no preset; there are {', '.join(preset_names())}; "
+            "a file must end in .yaml"
+        )
+    with resources.as_file(resources.files("tsmoe") / "presets" / f"{name_or_path}.yaml") as path:
+        return read_yaml(path)
+
+
+def resolve(name_or_path: str, overrides: list[str]) -> RunConfig:
+    """Put preset or file and `key=value` settings together.
+
+    Raises:
+        ConfigError: one line that names the keys.
+    """
+    layers = [read_preset(name_or_path), *map(parse_override, overrides)]
+    return decode(RunConfig, merge_layers(*layers), origin=name_or_path)

@@ -1,0 +1,173 @@
+"""One optimizer step, from micro-batches to a report. Read this first.
+
+Shapes: B windows, E routed experts, M expert layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsmoe.batch import WindowBatch
+from tsmoe.engine.protocol import Engine
+from tsmoe.errors import TrainingError
+from tsmoe.losses import LossTerms, next_patch_loss, target_patches
+from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.ranks import Ranks
+
+# How many series an error names.
+_SERIES_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What a step did, equal on every rank."""
+
+    loss: float
+    """Mean over all points that counted, of all ranks and micro-batches."""
+    num_target_points: int
+    grad_norm: float
+    lr: float
+    load_ME: Tensor
+    """Decisions for each expert of each layer, over all ranks and micro-batches, int64."""
+    flags: tuple[int, ...]
+    """The flags that the caller handed in, summed over ranks."""
+
+
+def training_step(
+    engine: Engine,
+    micro_batches: Sequence[WindowBatch],
+    *,
+    step: int,
+    lr: float,
+    balance_rate: float,
+    target_clip: float,
+    series_name: Callable[[int], str],
+    flags: Sequence[bool] = (),
+) -> StepReport:
+    """Do one step on this rank's micro-batches. Collective.
+
+    The loss is the mean over the points of the *global* batch, so any number of ranks and
+    micro-batches gives the same gradient.
+
+    Args:
+        engine: holds the model.
+        micro_batches: of this rank, on its device; equally many on every rank.
+        step: number of the step, for errors and random numbers.
+        lr: learning rate of the step.
+        balance_rate: how far the load bias moves after it.
+        target_clip: see `next_patch_loss`.
+        series_name: names a series of the corpus in an error.
+        flags: small facts of this rank that all want to know; they ride on a sum made anyway.
+
+    Raises:
+        TrainingError: if loss or gradient is not finite; parameters are those before the step.
+    """
+    ranks = engine.ranks
+    targets = [_targets(engine.model, batch) for batch in micro_batches]
+    local_points = sum(int(is_target.sum()) for _, is_target in targets)
+    all_points = int(ranks.sum(torch.tensor(local_points, device=ranks.device)))
+    if all_points == 0:
+        raise TrainingError(
+            f"step {step}: no point of the batch can be a target; check missing values in the corpus"
+        )
+    error_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    load_ME = _no_load(engine.model, ranks.device)
+    terms: list[LossTerms] = []
+    for number, (batch, (target, is_target)) in enumerate(zip(micro_batches, targets, strict=True)):
+        output = engine.forward(batch)
+        term = next_patch_loss(
+            engine.model.head, output, target, is_target, target_clip=target_clip
+        )
+        # Engines average over ranks; the sum over ranks is wanted.
+        loss = term.error_B.sum() * (ranks.size / all_points)
+        engine.backward(loss, last_micro_batch=number == len(micro_batches) - 1)
+        error_sum += term.error_B.detach().sum(dtype=torch.float64)
+        for layer, routing in enumerate(output.routings):
+            load_ME[layer] += routing.load_E
+        terms.append(LossTerms(error_B=term.error_B.detach(), count_B=term.count_B))
+
+    # One exchange for loss, loads and flags; float64 keeps counts exact.
+    flag_tensor = torch.tensor([float(flag) for flag in flags], device=ranks.device)
+    summed = ranks.sum(torch.cat((error_sum[None], load_ME.flatten().double(), flag_tensor)))
+    loss_value = summed[0].item() / all_points  # waits for the device; once a step is affordable
+    load_ME = summed[1 : 1 + load_ME.numel()].long().reshape(load_ME.shape)
+    if not torch.isfinite(summed[0]):
+        _stop("loss", step, ranks, micro_batches, terms, series_name)
+    grad_norm = engine.update(lr=lr).grad_norm
+    if not torch.isfinite(torch.tensor(grad_norm)):
+        _stop("gradient", step, ranks, micro_batches, terms, series_name)
+    if balance_rate:
+        for router, load_E in zip(engine.model.routers(), load_ME, strict=True):
+            router.balance.update(load_E, rate=balance_rate)
+    return StepReport(
+        loss=loss_value,
+        num_target_points=all_points,
+        grad_norm=grad_norm,
+        lr=lr,
+        load_ME=load_ME.cpu(),
+        flags=tuple(int(flag) for flag in summed[1 + load_ME.numel() :].tolist()),
+    )
+
+
+@torch.no_grad()
+def validation_loss(
+    engine: Engine, batches: Sequence[WindowBatch], *, target_clip: float
+) -> float:
+    """Return the mean loss over the points of all ranks' batches. Collective."""
+    ranks = engine.ranks
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    engine.model.eval()
+    for batch in batches:
+        target, is_target = _targets(engine.model, batch)
+        # Not engine.forward: an engine's forward prepares a backward pass that will not come.
+        length = engine.model.config.context_length
+        output = engine.model(batch.values_BCL[..., :length], batch.observed_BCL[..., :length])
+        term = next_patch_loss(
+            engine.model.head, output, target, is_target, target_clip=target_clip
+        )
+        sums += torch.stack((term.error_B.sum(dtype=torch.float64), term.count_B.sum().double()))
+    engine.model.train()
+    error, count = ranks.sum(sums).tolist()
+    return error / count if count else float("nan")
+
+
+def _targets(model: TimeTracker, batch: WindowBatch) -> tuple[Tensor, Tensor]:
+    config = model.config
+    return target_patches(
+        batch, patch_length=config.patch_length, patch_stride=config.patch_stride
+    )
+
+
+def _no_load(model: TimeTracker, device: torch.device) -> Tensor:
+    biases = [router.balance.bias_E for router in model.routers()]
+    num_experts = len(biases[0]) if biases else 0
+    return torch.zeros(len(biases), num_experts, dtype=torch.int64, device=device)
+
+
+def _stop(
+    what: str,
+    step: int,
+    ranks: Ranks,
+    micro_batches: Sequence[WindowBatch],
+    terms: Sequence[LossTerms],
+    series_name: Callable[[int], str],
+) -> None:
+    """Name the series to look at: those with a bad loss, else those with the largest."""
+    ids = torch.cat([batch.series_ids_B for batch in micro_batches])
+    errors = torch.cat([term.error_B / term.count_B.clamp(min=1) for term in terms])
+    is_bad = ~errors.isfinite()
+    worst = is_bad.nonzero()[:, 0] if is_bad.any() else errors.argsort(descending=True)
+    local = list(dict.fromkeys(series_name(int(i)) for i in ids[worst[:_SERIES_NAMED]]))
+    all_bad = ranks.gather((bool(is_bad.any()), local))
+    names = [n for bad, found in all_bad if bad for n in found]
+    names = names or [n for _, found in all_bad for n in found]
+    cause = "with a loss that is not finite" if any(bad for bad, _ in all_bad) else "with the largest loss"
+    raise TrainingError(
+        f"step {step}: the {what} is not finite; nothing was updated; series {cause}: "
+        f"{', '.join(names[:_SERIES_NAMED])}; look at them with `tsmoe data inspect`, lower "
+        "optimizer.lr, or resume from the last checkpoint"
+    )
