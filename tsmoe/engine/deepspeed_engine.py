@@ -44,8 +44,8 @@ def initialise_deepspeed(ranks: Ranks, *, timeout_seconds: float) -> None:
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
-    import deepspeed.comm.torch as backend
     import deepspeed.ops
+    from deepspeed.comm.torch import TorchBackend
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if ranks.device.type == "cpu":
@@ -54,7 +54,7 @@ def initialise_deepspeed(ranks: Ranks, *, timeout_seconds: float) -> None:
     def new_group(_: Any, members: list[int]) -> Any:
         return torch.distributed.new_group(members, timeout=timedelta(seconds=timeout_seconds))
 
-    backend.TorchBackend.new_group = new_group
+    TorchBackend.new_group = new_group
     if not torch.distributed.is_initialized():
         # DeepSpeed wants a group even for one process.
         store = torch.distributed.HashStore()

@@ -174,3 +174,6 @@ class TimeTracker(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        # A constant patch is all zeros after instance norm. Embedded as zero it would meet RMSNorm
+        # where its gradient is 1/eps: the first gradient norm was 6e7 instead of 2.
+        nn.init.normal_(self.embed.values.bias, std=0.5)

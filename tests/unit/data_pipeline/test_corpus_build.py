@@ -127,7 +127,9 @@ def test_interrupted_build_leaves_nothing_that_looks_whole(
     assert build_corpus(listed_config(random_records), out).num_series == len(random_records)
 
 
-def test_leftovers_of_a_killed_build_are_cleaned_up(tmp_path, listed_config, random_records) -> None:
+def test_leftovers_of_a_killed_build_are_cleaned_up(
+    tmp_path, listed_config, random_records
+) -> None:
     # What SIGKILL leaves: the mark, whole shards and a partial one, but no manifest.
     for name in ("BUILDING", "part-00000.arrow", "part-00007.arrow", "part-00008.arrow.partial"):
         (tmp_path / name).write_bytes(b"half")

@@ -40,9 +40,15 @@ clean: {min_length: 96}
         ("sources: [{type: csv}]", "sources.0.path: the key is required"),
         ("sources: [{path: x}]", "sources.0: the key `type` is required; types: parquet, csv, hub"),
         ("sources: [{type: xls, path: x}]", "sources.0: unknown type 'xls'; types: parquet"),
-        ("sources: [{type: csv, path: 3}]", "sources.0.path: Input should be a valid string, got 3"),
+        (
+            "sources: [{type: csv, path: 3}]",
+            "sources.0.path: Input should be a valid string, got 3",
+        ),
         ("sources: []", "sources must name at least one source"),
-        ("sources: [{type: csv, path: x}]\ntrain_fraction: 1.5", "train_fraction must be in (0, 1]"),
+        (
+            "sources: [{type: csv, path: x}]\ntrain_fraction: 1.5",
+            "train_fraction must be in (0, 1]",
+        ),
         (
             "sources: [{type: csv, path: x}]\nclean: {min_len: 3}",
             "clean.min_len: unknown key; known keys: min_length",

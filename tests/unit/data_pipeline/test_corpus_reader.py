@@ -50,7 +50,9 @@ def test_gather_equals_slices_over_many_shards(corpus, random_records, length, e
 
 def test_gather_from_one_shard_equals_slices(corpus, random_records) -> None:
     windows = corpus.gather(np.array([1, 0, 1]), np.array([5, 0, 6]), 8)
-    expected = [naive_window(random_records[i].values, start, 8) for i, start in ((1, 5), (0, 0), (1, 6))]
+    expected = [
+        naive_window(random_records[i].values, start, 8) for i, start in ((1, 5), (0, 0), (1, 6))
+    ]
     np.testing.assert_array_equal(windows, np.stack(expected))
 
 

@@ -130,7 +130,7 @@ def test_other_manifest_version_names_both_versions(folder) -> None:
 
 def test_damaged_manifest_is_refused(folder) -> None:
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match=r"manifest\.json: is no corpus manifest"):
+    with pytest.raises(DataError, match=r"manifest\.json: is no manifest of a corpus"):
         Corpus.open(folder)
     (folder / "manifest.json").write_text('{"schema_version": 1}')
     with pytest.raises(DataError, match=r"manifest\.json: fingerprint"):
