@@ -9,7 +9,6 @@ from data_pipeline.errors import DataError
 
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _SEPARATORS = (",", ";", "\t")
-_MAX_BLOCK_BYTES = 2**31 - 1
 
 
 def read_columns(path: Path) -> pa.Table:
@@ -49,13 +48,9 @@ def _read_csv(path: Path) -> pa.Table:
 
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; a CSV needs a header line and rows")
-    # One block: types are inferred from the first block only, so that a number column that turns
-    # fractional after a megabyte of whole numbers would be refused.
-    block_size = min(max(path.stat().st_size + 1, 1 << 20), _MAX_BLOCK_BYTES)
     try:
         return csv.read_csv(
             path,
-            read_options=csv.ReadOptions(block_size=block_size),
             parse_options=csv.ParseOptions(delimiter=_separator(path)),
             convert_options=csv.ConvertOptions(strings_can_be_null=True),
         )

@@ -1,3 +1,3 @@
-"""tsmoe: sparse Mixture-of-Experts time-series foundation models, pretrained with expert parallelism."""
+"""Sparse Mixture-of-Experts time-series foundation models, pretrained with expert parallelism."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend; the command line turns each into one line and an exit code."""
+"""Errors that a user can cause and mend: each becomes one line and an exit code."""
 
 from data_pipeline.errors import ConfigError, DataError, TsmoeError
 

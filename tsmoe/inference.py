@@ -72,7 +72,11 @@ class Forecaster:
         if Path(name_or_path).exists():
             return cls.load(name_or_path, device=device)
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
         try:
             folder = snapshot_download(name_or_path)

@@ -67,6 +67,4 @@ def next_patch_loss(
     errors_BCNP = head.point_errors(output.prediction_BCNPK, normalised_BCNP)
     is_measurable_BCNP = is_target_BCNP & ~statistics.is_degenerate_BCN[..., None]
     errors_BCNP = torch.where(is_measurable_BCNP, errors_BCNP, 0)
-    return LossTerms(
-        error_B=errors_BCNP.sum((1, 2, 3)), count_B=is_target_BCNP.sum((1, 2, 3))
-    )
+    return LossTerms(error_B=errors_BCNP.sum((1, 2, 3)), count_B=is_target_BCNP.sum((1, 2, 3)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -30,7 +30,7 @@ class Ranks:
     local_rank: int = 0
     group: Any = None
     """Handle of torch.distributed (it has no public type); None means the whole world."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_first(self) -> bool:
@@ -49,7 +49,7 @@ class Ranks:
             dist.barrier(group=self.group)
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect one small picklable value of each rank, in rank order; every rank must call it."""
+        """Collect one small plain value of each rank, in rank order; every rank must call it."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -120,7 +120,7 @@ def stop() -> None:
 
 
 def _map_slurm_variables() -> None:
-    # Bare srun sets no RANK; DeepSpeed would look for MPI and fail (DeepSpeed knows no SLURM names).
+    # Bare srun sets no RANK; DeepSpeed knows no SLURM names, would look for MPI and fail.
     if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ:
         return
     for ours, slurm in (

@@ -14,6 +14,7 @@ from data_pipeline.sources.files import FileSource
 from data_pipeline.sources.rows import TARGET, RowReader
 from data_pipeline.sources.wide import wide_records
 
+_READ_BYTES = 2**20
 _ROWS_AT_ONCE = 64
 """Rows are whole series, of up to millions of points each."""
 
@@ -73,8 +74,8 @@ class ParquetSource(FileSource):
 
 def _open(file: Path) -> pq.ParquetFile:
     try:
-        # Without pre_buffer the columns of a row group are decoded batch by batch.
-        return pq.ParquetFile(file, pre_buffer=False)
+        # Read and decode in small pieces; the default loads a row group, often the whole file.
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
 

@@ -132,7 +132,9 @@ class StateReader:
                 f"{_some(expected - there)}; unexpected: {_some(there - expected)}"
             )
 
-    def parameter(self, name: str, parameter: nn.Parameter, owner: Experts | None) -> ParameterState:
+    def parameter(
+        self, name: str, parameter: nn.Parameter, owner: Experts | None
+    ) -> ParameterState:
         """Read a parameter's state, of an expert layer only this rank's experts."""
         state = {kind: self.tensor(kind, name, owner) for kind in STATE_KINDS}
         if state["value"].shape != parameter.shape:
@@ -157,7 +159,9 @@ class StateReader:
         try:
             return self._key_to_file[key].get_tensor(key)
         except KeyError:
-            raise CheckpointError(f"{self.folder}: {key} is missing; use an older checkpoint") from None
+            raise CheckpointError(
+                f"{self.folder}: {key} is missing; use an older checkpoint"
+            ) from None
 
 
 def restore(

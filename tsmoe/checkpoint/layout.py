@@ -2,8 +2,8 @@
 
     step_00000400/
         dense.safetensors            what every rank holds: `KIND/PARAMETER`, `buffer/NAME`
-        experts-00000.safetensors    one per expert-parallel rank: `KIND/PARAMETER/EXPERT`
-        meta.json                    written last: step, config, corpus, bytes and sha256 of each file
+        experts-00000.safetensors    one per expert-parallel rank: `KIND/PARAMETER/ID`
+        meta.json                    written last: step, config, corpus, sha256 of each file
 
 KIND is `value` (float32 master), `exp_avg` or `exp_avg_sq` (Adam moments). Experts are addressed by
 their global id, so the number of ranks that wrote them is of no concern to who reads them.
@@ -82,7 +82,9 @@ def read_meta(folder: Path) -> CheckpointMeta:
             "name a folder such as runs/NAME or runs/NAME/checkpoints/step_00000400"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use an older checkpoint") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); use an older checkpoint"
+        ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version}, but this tsmoe reads {FORMAT_VERSION}; "

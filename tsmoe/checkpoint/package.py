@@ -1,8 +1,8 @@
 """Packages: a model to hand on, as one folder that plain torch loads.
 
-    model.safetensors   full weights and buffers, experts stacked
-    model.yaml          the model's config section
-    card.json           format version, how it was trained, on what, metrics, licence
+model.safetensors   full weights and buffers, experts stacked
+model.yaml          the model's config section
+card.json           format version, how it was trained, on what, metrics, licence
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def load_package(folder: Path) -> tuple[TimeTracker, dict[str, Any]]:
             f"{PACKAGE_VERSION}; use the version of tsmoe that wrote it"
         )
     try:
-        config = decode(ModelConfig, read_yaml(folder / MODEL_FILE), origin=str(folder / MODEL_FILE))
+        config = decode(
+            ModelConfig, read_yaml(folder / MODEL_FILE), origin=str(folder / MODEL_FILE)
+        )
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     model = build_model(config)

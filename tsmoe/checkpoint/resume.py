@@ -26,7 +26,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, CheckpointMeta] | None:
             candidates.remove(named)
             candidates.insert(0, named)
         else:
-            logger.warning("%s names %s, which is not there; looking for others", latest, named.name)
+            logger.warning(
+                "%s names %s, which is not there; looking for others", latest, named.name
+            )
     for candidate in candidates:
         try:
             meta = read_meta(candidate)

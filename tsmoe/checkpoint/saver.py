@@ -107,7 +107,9 @@ class CheckpointSaver:
         outcomes = self.ranks.gather(outcome)
         failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
         if self.ranks.is_first and not failures:
-            files = tuple(r for records in outcomes for r in records if not isinstance(records, str))
+            files = tuple(
+                r for records in outcomes for r in records if not isinstance(records, str)
+            )
             try:
                 self._commit(pending, files)
             except OSError as error:

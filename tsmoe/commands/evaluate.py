@@ -54,10 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_output("--plot", args.plot, (".png",))
 
-    from tsmoe.inference import Forecaster
-
     from data_pipeline.table import read_table
     from tsmoe.evaluate.forecast import evaluate_forecast
+    from tsmoe.inference import Forecaster
 
     table = read_table(args.data, time_column=args.time_column, columns=columns)
     forecaster = Forecaster.load(args.package, device=args.device)

@@ -60,9 +60,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_output("--plot", args.plot, (".png",))
 
-    from tsmoe.inference import Forecaster
-
     from data_pipeline.table import read_table
+    from tsmoe.inference import Forecaster
 
     table = read_table(args.data, time_column=args.time_column, columns=columns)
     forecaster = Forecaster.load(args.package, device=args.device)

@@ -42,7 +42,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys at the top, got {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: expected a mapping of keys at the top, got {type(values).__name__}"
+        )
     return values
 
 
@@ -54,7 +56,9 @@ def parse_override(argument: str) -> dict[str, Any]:
     """
     key, separator, text = argument.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"{argument!r} is not a setting; write KEY=VALUE, such as training.steps=500")
+        raise ConfigError(
+            f"{argument!r} is not a setting; write KEY=VALUE, such as training.steps=500"
+        )
     try:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -38,7 +38,7 @@ def decode(section: type[T], values: dict[str, Any], *, origin: str) -> T:
     try:
         return TypeAdapter(section).validate_python(values)
     except ValidationError as error:
-        problems = [_describe(problem, section) for problem in error.errors()]
+        problems = [_describe(problem, section) for problem in _relevant(error.errors())]
         raise ConfigError(f"{origin}: {'; '.join(problems)}") from None
 
 
@@ -55,8 +55,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _relevant(problems: list[Any]) -> list[Any]:
+    """Leave out what concerns variants of a union that the `type` tag did not choose."""
+    paths = [problem["loc"] for problem in problems]
+    variants = {path[: n + 1] for path in paths for n in range(len(path)) if _is_variant(path[n])}
+    others = {variant for variant in variants if (*variant, "type") in paths}
+    unions_with_a_choice = {variant[:-1] for variant in variants - others}
+    left_out = [variant for variant in others if variant[:-1] in unions_with_a_choice]
+    return [p for p in problems if not any(p["loc"][: len(v)] == v for v in left_out)]
+
+
+def _is_variant(part: Any) -> bool:
+    # The class of a variant is a part of pydantic's path, but not of what the user wrote.
+    return str(part)[:1].isupper()
+
+
 def _describe(problem: Any, section: type) -> str:
-    path = ".".join(str(part) for part in problem["loc"]) or "the top level"
+    path = ".".join(str(part) for part in problem["loc"] if not _is_variant(part))
+    path = path or "the top level"
     match problem["type"]:
         case "unexpected_keyword_argument":
             known = _known_keys(section, problem["loc"][:-1])
@@ -66,7 +82,11 @@ def _describe(problem: Any, section: type) -> str:
         case "missing" | "missing_argument":
             return f"{path} is required and has no default"
         case "value_error":
-            return f"{path}: {problem['ctx']['error']}" if problem["loc"] else str(problem["ctx"]["error"])
+            return (
+                f"{path}: {problem['ctx']['error']}"
+                if problem["loc"]
+                else str(problem["ctx"]["error"])
+            )
         case _:
             return f"{path} is {problem['input']!r}: {problem['msg'].lower()}"
 
@@ -84,15 +104,11 @@ def _known_keys(section: type, path: tuple[Any, ...]) -> list[str]:
             hints = typing.get_type_hints(candidate)
             if part in hints:
                 following += [hints[part], *typing.get_args(hints[part])]
-        # A tag of a union is a part of the path without being a field.
-        tagged = [c for c in candidates if _tag(c) == part]
-        candidates = following or tagged or candidates
+        # The class of a variant is a part of the path without being a field.
+        chosen = [c for c in candidates if getattr(c, "__name__", None) == part]
+        candidates = following or chosen or candidates
         candidates += [inner for c in candidates for inner in typing.get_args(c)]
-    fields = [f.name for c in candidates if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)]
+    fields = [
+        f.name for c in candidates if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)
+    ]
     return sorted(set(fields))
-
-
-def _tag(candidate: Any) -> Any:
-    if not dataclasses.is_dataclass(candidate):
-        return None
-    return next((f.default for f in dataclasses.fields(candidate) if f.name == "type"), None)

@@ -52,7 +52,9 @@ class DataConfig(Section):
             )
 
 
-def cut_batch(corpus: Corpus, index: WindowIndex, sources: Integers, numbers: Integers) -> WindowBatch:
+def cut_batch(
+    corpus: Corpus, index: WindowIndex, sources: Integers, numbers: Integers
+) -> WindowBatch:
     """Cut windows out of the corpus: one gather and its masks, C = 1."""
     rows, series, starts = index.locate(sources, numbers)
     values_BL = torch.from_numpy(corpus.gather(series, starts, index.window_length))

@@ -29,7 +29,7 @@ def order_key(fingerprint: str, seed: int) -> np.uint64:
 
 @dataclass(frozen=True)
 class WindowOrder:
-    """Deals windows of several sources in fixed shares, each source without repetition per epoch."""
+    """Deals windows of several sources in fixed shares, each without repetition per epoch."""
 
     counts: Integers
     """Windows of each source; a source without windows is never dealt."""
@@ -50,7 +50,9 @@ class WindowOrder:
         return source, permute(turn, self.counts[source], source_keys)
 
 
-def make_order(counts: Integers, sizes: Integers, *, temperature: float, key: np.uint64) -> WindowOrder:
+def make_order(
+    counts: Integers, sizes: Integers, *, temperature: float, key: np.uint64
+) -> WindowOrder:
     """Give each source a share proportional to `size ** temperature`.
 
     Args:
@@ -86,8 +88,9 @@ def permute(values: Integers, sizes: Integers, keys: NDArray[np.uint64]) -> Inte
     Ours: a Feistel network over the next power of four, walked until the result is in range (at
     most four steps on average), so that no permutation is ever stored.
     """
-    half_bits = ((np.maximum(sizes - 1, 1).astype(np.float64).view(np.int64) >> 52) - 1023 + 2) // 2
-    half_bits = half_bits.astype(np.uint64)
+    # The exponent of a float64 is the position of the highest bit.
+    exponents = (np.maximum(sizes - 1, 1).astype(np.float64).view(np.int64) >> 52) - 1023
+    half_bits = ((exponents + 2) // 2).astype(np.uint64)
     limits = sizes.astype(np.uint64)
     result = _feistel(values.astype(np.uint64), half_bits, keys)
     outside = np.flatnonzero(result >= limits)

@@ -128,9 +128,9 @@ def _index(
         ends=ends[usable],
         first_window=counts[usable].cumsum() - counts[usable],
         counts=np.bincount(source_of, counts[usable], minlength=num_sources).astype(np.int64),
-        points=np.bincount(
-            source_of, (ends - begins)[usable], minlength=num_sources
-        ).astype(np.int64),
+        points=np.bincount(source_of, (ends - begins)[usable], minlength=num_sources).astype(
+            np.int64
+        ),
         unusable_series=corpus.num_series - len(usable),
         window_length=window_length,
         stride=stride,

@@ -1,4 +1,4 @@
-"""Engines: what turns gradients into an update, on one process or many. DeepSpeed lives here only."""
+"""Engines turn gradients into an update, on one process or many. DeepSpeed lives here only."""
 
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
 from tsmoe.engine.plain_engine import PlainEngineConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -57,13 +58,15 @@ def build_engine(
         prepare: what a stage of training does to the model before the engine sees it.
     """
     training = config.training
-    model_settings = {
-        "seed": config.seed,
-        "recomputes_activations": training.recomputes_activations,
-    }
+    make_model = functools.partial(
+        build_model,
+        config.model,
+        seed=config.seed,
+        recomputes_activations=training.recomputes_activations,
+    )
     match config.engine:
         case PlainEngineConfig():
-            model = build_model(config.model, **model_settings)
+            model = make_model()
             prepare(model)
             return PlainEngine(model, config.optimizer, precision=training.precision, ranks=ranks)
         case DeepSpeedEngineConfig():
@@ -74,8 +77,7 @@ def build_engine(
             )
 
             initialise_deepspeed(ranks, timeout_seconds=training.timeout_seconds)
-            make_experts = expert_factory(config.engine, ranks)
-            model = build_model(config.model, make_experts=make_experts, **model_settings)
+            model = make_model(make_experts=expert_factory(config.engine, ranks))
             prepare(model)
             return DeepSpeedEngine(
                 model,

@@ -58,7 +58,9 @@ class DeepSpeedEngineConfig(Section):
         if self.zero_stage not in (1, 2):
             raise ValueError(f"zero_stage is {self.zero_stage}; use 1 or 2")
         if self.expert_parallel_size < 1:
-            raise ValueError(f"expert_parallel_size ({self.expert_parallel_size}) must be at least 1")
+            raise ValueError(
+                f"expert_parallel_size ({self.expert_parallel_size}) must be at least 1"
+            )
 
 
 def deepspeed_json(

@@ -6,6 +6,7 @@ D model width.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +29,7 @@ class QuantileHeadConfig(Section):
 
     def __post_init__(self) -> None:
         levels = self.levels
-        is_ascending = all(a < b for a, b in zip(levels, levels[1:], strict=False))
+        is_ascending = all(a < b for a, b in itertools.pairwise(levels))
         if not is_ascending or not all(0 < level < 1 for level in levels) or 0.5 not in levels:
             raise ValueError(
                 f"levels {list(levels)} must ascend, lie between 0 and 1, and hold 0.5"
@@ -47,7 +48,7 @@ class QuantileHead(nn.Module):
         self.register_buffer("levels_K", torch.tensor(config.levels), persistent=False)
 
     def forward(self, tokens_BCND: Tensor) -> Tensor:
-        """Return prediction_BCNPK, unsorted: sorting would bend the gradients of crossing levels."""
+        """Return prediction_BCNPK, unsorted: sorting would bend gradients where levels cross."""
         return self.project(tokens_BCND).unflatten(-1, (-1, len(self.quantile_levels)))
 
     def point_errors(self, prediction_BCNPK: Tensor, target_BCNP: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from tsmoe.heads import HeadConfig, PointHeadConfig, build_head
 from tsmoe.models.block import Block, FeedForwardConfig
 from tsmoe.models.output import ModelOutput
 from tsmoe.moe.experts import Experts
-from tsmoe.moe.layer import ExpertFactory, MoEConfig
+from tsmoe.moe.layer import ExpertFactory, MoEConfig, MoELayer
+from tsmoe.moe.routers import AnyRouter
 from tsmoe.moe.routing import Routing
 from tsmoe.nn.instance_norm import InstanceNormConfig, instance_statistics
 from tsmoe.nn.patch import PatchEmbedding, cut_patches, patch_ends
@@ -139,9 +140,7 @@ class TimeTracker(nn.Module):
         )
         normalised_BCNP = (patches_BCNP - statistics.loc_BCN1) / statistics.scale_BCN1
         normalised_BCNP = torch.where(observed_BCNP, normalised_BCNP, 0)
-        tokens_BCND = self.embed(
-            normalised_BCNP.to(self.embed.values.weight.dtype), observed_BCNP
-        )
+        tokens_BCND = self.embed(normalised_BCNP.to(self.embed.values.weight.dtype), observed_BCNP)
         routings: list[Routing] = []
         state: Tensor | None = None
         for block in self.blocks:
@@ -158,10 +157,9 @@ class TimeTracker(nn.Module):
             prediction_BCNPK=prediction_BCNPK, statistics=statistics, routings=tuple(routings)
         )
 
-    def routers(self) -> list[nn.Module]:
+    def routers(self) -> list[AnyRouter]:
         """Routers of the expert layers, in the order of `ModelOutput.routings`."""
-        layers = (block.feed_forward for block in self.blocks)
-        return [layer.router for layer in layers if hasattr(layer, "router")]
+        return [module.router for module in self.modules() if isinstance(module, MoELayer)]
 
     def _initialise(self) -> None:
         # Ways back to the residual stream are small, so that depth does not add up their noise.

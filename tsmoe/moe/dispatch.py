@@ -36,9 +36,11 @@ def run_experts(tokens_BCND: Tensor, routing: Routing, experts: Experts) -> Tens
         weights_UK = routing.weights_BCNK.flatten(0, 2)
     top_k = expert_ids_UK.shape[1]
     order_M = expert_ids_UK.flatten().argsort(stable=True)
-    position_UK = torch.empty_like(order_M).scatter_(
-        0, order_M, torch.arange(len(order_M), device=order_M.device)
-    ).unflatten(0, (-1, top_k))
+    position_UK = (
+        torch.empty_like(order_M)
+        .scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+        .unflatten(0, (-1, top_k))
+    )
     sent_MND = _ToExpertOrder.apply(units_UND, order_M, position_UK)
     tokens_per_unit = units_UND.shape[1]
     rows_RD = sent_MND.flatten(0, 1)
@@ -68,7 +70,9 @@ def _run_remote(rows_RD: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
     local_counts = [sum(counts[expert] for counts in received) for expert in range(local)]
     done_RD = experts(local_RD, local_counts)
     done = done_RD.split([len(blocks[block]) for block in by_expert])
-    by_source = [expert * ranks.size + source for source in range(ranks.size) for expert in range(local)]
+    by_source = [
+        expert * ranks.size + source for source in range(ranks.size) for expert in range(local)
+    ]
     return _AllToAll.apply(torch.cat([done[block] for block in by_source]), receive, send, ranks)
 
 

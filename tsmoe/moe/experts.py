@@ -82,7 +82,7 @@ class Experts(nn.Module):
             offsets = torch.tensor(counts, device=rows_RD.device).cumsum(0).to(torch.int32)
             gate, up = F.grouped_mm(rows_RD, gate_up_weight, offs=offsets).chunk(2, dim=-1)
             return F.grouped_mm(F.silu(gate) * up, down_weight, offs=offsets)
-        # unbind, not indexing: its backward stacks once instead of adding one full tensor an expert.
+        # unbind, not indexing: its backward stacks once, indexing adds one full tensor an expert.
         pieces = zip(
             rows_RD.split(counts), gate_up_weight.unbind(), down_weight.unbind(), strict=True
         )

@@ -40,8 +40,6 @@ class Router(Protocol):
     balance: LoadBias
     """Moved after each optimizer step, from loads summed over all ranks."""
 
-    def forward(
-        self, tokens_BCND: Tensor, state: Tensor | None
-    ) -> tuple[Routing, Tensor | None]:
+    def forward(self, tokens_BCND: Tensor, state: Tensor | None) -> tuple[Routing, Tensor | None]:
         """Route normalised tokens."""
         ...

@@ -73,7 +73,8 @@ def instance_statistics(
     safe_count_BCN = count_BCN.clamp(min=1)
     mean_BCN = sum_BCN / safe_count_BCN
     std_BCN = (square_BCN / safe_count_BCN - mean_BCN.square()).clamp(min=0).sqrt()
-    loc_BCN = mean_BCN + first_BC1
+    # Before the first observation its value is not known yet.
+    loc_BCN = torch.where(count_BCN > 0, mean_BCN + first_BC1, 0)
     floor_BCN = (_RELATIVE_FLOOR * loc_BCN.abs()).clamp(min=_ABSOLUTE_FLOOR)
     return InstanceStatistics(
         loc_BCN1=loc_BCN.float()[..., None],

@@ -51,5 +51,5 @@ class PatchEmbedding(nn.Module):
 
 
 def patch_ends(count: int, *, patch_length: int, patch_stride: int, device: torch.device) -> Tensor:
-    """Return the number of (left-padded) points up to the end of each patch, int64 of shape (N,)."""
+    """Return the points up to the end of each patch, padding included; int64 of shape (N,)."""
     return torch.arange(count, device=device) * patch_stride + patch_length

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(
-    time_index_S: Tensor, head_width: int, *, base: float
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(time_index_S: Tensor, head_width: int, *, base: float) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of shape (S, d/2) in float32 for integer time indices.
 
     The index is that of the patch in time, equal for all variates, so that permuting variates
@@ -26,7 +24,7 @@ def rotary_tables(
 
 
 def rotate(heads_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Turn each pair of coordinates by its angle; the dot product then depends on index differences."""
+    """Turn each pair of coordinates by its angle, so that dot products see index differences."""
     first, second = heads_BHSd.chunk(2, dim=-1)
     cos_Sd, sin_Sd = cos_Sd.to(heads_BHSd.dtype), sin_Sd.to(heads_BHSd.dtype)
     return torch.cat((first * cos_Sd - second * sin_Sd, second * cos_Sd + first * sin_Sd), dim=-1)

@@ -16,7 +16,9 @@ from tsmoe.checkpoint.layout import CheckpointMeta
 from tsmoe.checkpoint.package import model_from_checkpoint, save_package
 from tsmoe.checkpoint.resume import open_checkpoint
 from tsmoe.models.time_tracker import TimeTracker
-from tsmoe.moe.layer import MoELayer
+from tsmoe.moe.layer import MoEConfig
+
+_CARD_SECTIONS = ("training", "optimizer", "schedule", "balance", "data", "engine", "seed")
 
 
 def export_package(checkpoint: Path, package: Path) -> dict[str, Any]:
@@ -47,8 +49,7 @@ def _card(model: TimeTracker, meta: CheckpointMeta, folder: Path) -> dict[str, A
         "patch_length": config["model"]["patch_length"],
         "training_data": {"corpus": config["corpus"], "fingerprint": meta.corpus_fingerprint},
         "metrics": _last_metrics(folder.parent.parent / "metrics.jsonl", steps),
-        "training": {key: config[key] for key in ("training", "optimizer", "schedule", "balance",
-                                                  "data", "engine", "seed")},  # fmt: skip
+        "training": {section: config[section] for section in _CARD_SECTIONS},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "licence": "Apache-2.0 (weights); the training data keep their own licences",
     }
@@ -59,10 +60,10 @@ def _count(model: TimeTracker) -> dict[str, int]:
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     routed = sum(sizes[name] for name in expert_parameters(model))
     total = sum(sizes.values())
-    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+    feed_forward = model.config.feed_forward
     used = routed
-    if layers:
-        used = routed * layers[0].router.top_k // layers[0].experts.num_experts
+    if isinstance(feed_forward, MoEConfig):
+        used = routed * feed_forward.router.top_k // feed_forward.num_experts
     return {"total": total, "active": total - routed + used}
 
 

@@ -120,9 +120,7 @@ def _train(
     saver = CheckpointSaver(run / "checkpoints", config.checkpoint, ranks)
     writer = None
     if ranks.is_first:
-        writer = MetricsWriter(
-            run, first_step=first_step, log_every_steps=training.log_every_steps
-        )
+        writer = MetricsWriter(run, first_step=first_step, log_every_steps=training.log_every_steps)
     progress = TrainingProgress(
         steps=training.steps,
         first_step=first_step,
@@ -231,9 +229,7 @@ def _meta(config: RunConfig, corpus: Corpus, step: int, windows_seen: int) -> Ch
     )
 
 
-def _check_resumable(
-    config: RunConfig, corpus: Corpus, folder: Path, meta: CheckpointMeta
-) -> None:
+def _check_resumable(config: RunConfig, corpus: Corpus, folder: Path, meta: CheckpointMeta) -> None:
     check_same_model(meta, encode(config), folder)
     if meta.corpus_fingerprint != corpus.fingerprint:
         raise CheckpointError(

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from tsmoe.moe.routers import AnyRouter
 from tsmoe.train.step import StepReport
 
 # An expert is live if it gets at least this part of the mean load.
@@ -83,7 +84,9 @@ class MetricsWriter:
             return
         self._write_scalars(step, scalars)
         for name, values in experts.items():
-            self._write_scalars(step, {f"experts/{name}/layer_{m:02}": v for m, v in enumerate(values)})
+            self._write_scalars(
+                step, {f"experts/{name}/layer_{m:02}": v for m, v in enumerate(values)}
+            )
         share_ME = report.load_ME / report.load_ME.sum(-1, keepdim=True).clamp(min=1)
         for name, table in (("load_share", share_ME), ("load_bias", bias_ME)):
             for layer, row in enumerate(table.tolist()):
@@ -110,7 +113,7 @@ class MetricsWriter:
             self._board.add_scalar(tag, value, step)
 
 
-def load_biases(routers: list[torch.nn.Module]) -> Tensor:
+def load_biases(routers: list[AnyRouter]) -> Tensor:
     """Stack the load bias of each expert layer, on the CPU."""
     if not routers:
         return torch.zeros(0, 0)

@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 class TrainingProgress:
     """Use as a context manager; silent where `is_shown` is False."""
 
-    def __init__(self, *, steps: int, first_step: int, log_every_steps: int, is_shown: bool) -> None:
+    def __init__(
+        self, *, steps: int, first_step: int, log_every_steps: int, is_shown: bool
+    ) -> None:
         self._steps, self._first_step = steps, first_step
         self._log_every_steps = log_every_steps
         self._is_shown = is_shown
@@ -63,7 +65,9 @@ class TrainingProgress:
 
     def advanced(self, done: int, *, loss: float, points_per_second: float) -> None:
         """Show that `done` steps are done."""
-        status = f"loss {loss:.4f}  validation {self._validation:.4f}  {points_per_second:,.0f} points/s"
+        status = (
+            f"loss {loss:.4f}  validation {self._validation:.4f}  {points_per_second:,.0f} points/s"
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
         elif self._is_shown and (done % self._log_every_steps == 0 or done == self._steps):

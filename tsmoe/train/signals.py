@@ -24,7 +24,7 @@ class StopRequest:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.is_set and number == signal.SIGINT:
             # A second Ctrl-C means now.
             raise KeyboardInterrupt

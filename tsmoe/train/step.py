@@ -72,7 +72,7 @@ def training_step(
     all_points = int(ranks.sum(torch.tensor(local_points, device=ranks.device)))
     if all_points == 0:
         raise TrainingError(
-            f"step {step}: no point of the batch can be a target; check missing values in the corpus"
+            f"step {step}: no point of the batch can be a target; check the corpus for gaps"
         )
     error_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     load_ME = _no_load(engine.model, ranks.device)
@@ -114,9 +114,7 @@ def training_step(
 
 
 @torch.no_grad()
-def validation_loss(
-    engine: Engine, batches: Sequence[WindowBatch], *, target_clip: float
-) -> float:
+def validation_loss(engine: Engine, batches: Sequence[WindowBatch], *, target_clip: float) -> float:
     """Return the mean loss over the points of all ranks' batches. Collective."""
     ranks = engine.ranks
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -137,9 +135,7 @@ def validation_loss(
 
 def _targets(model: TimeTracker, batch: WindowBatch) -> tuple[Tensor, Tensor]:
     config = model.config
-    return target_patches(
-        batch, patch_length=config.patch_length, patch_stride=config.patch_stride
-    )
+    return target_patches(batch, patch_length=config.patch_length, patch_stride=config.patch_stride)
 
 
 def _no_load(model: TimeTracker, device: torch.device) -> Tensor:
@@ -165,7 +161,11 @@ def _stop(
     all_bad = ranks.gather((bool(is_bad.any()), local))
     names = [n for bad, found in all_bad if bad for n in found]
     names = names or [n for _, found in all_bad for n in found]
-    cause = "with a loss that is not finite" if any(bad for bad, _ in all_bad) else "with the largest loss"
+    cause = (
+        "with a loss that is not finite"
+        if any(bad for bad, _ in all_bad)
+        else "with the largest loss"
+    )
     raise TrainingError(
         f"step {step}: the {what} is not finite; nothing was updated; series {cause}: "
         f"{', '.join(names[:_SERIES_NAMED])}; look at them with `tsmoe data inspect`, lower "

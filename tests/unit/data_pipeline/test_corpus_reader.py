@@ -105,7 +105,7 @@ def test_pickled_corpus_refuses_other_data(corpus, build_from, random_records) -
 
 def test_series_is_found_by_name(corpus) -> None:
     assert corpus.find("s33") == 33
-    with pytest.raises(DataError, match="'missing'.*'s0'"):
+    with pytest.raises(DataError, match=r"'missing'.*'s0'"):
         corpus.find("missing")
 
 

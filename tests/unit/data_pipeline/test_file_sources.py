@@ -36,8 +36,8 @@ def test_series_are_read_over_batches_and_row_groups(series_file) -> None:
 
 def test_series_file_is_never_decoded_whole(tmp_path) -> None:
     path = tmp_path / "one_group.parquet"
-    values = np.random.default_rng(0).normal(size=(512, 4096)).astype(np.float32)
-    pq.write_table(pa.table({"target": list(values)}), path)  # 8 MiB in one row group
+    values = np.random.default_rng(0).normal(size=(1024, 4096)).astype(np.float32)
+    pq.write_table(pa.table({"target": list(values)}), path)  # 16 MiB in one row group
     before = pa.total_allocated_bytes()
     peaks = [pa.total_allocated_bytes() - before for _ in ParquetSource(path=str(path)).records()]
     assert max(peaks) < values.nbytes / 2

@@ -80,12 +80,12 @@ def test_unreachable_hub_is_one_line(monkeypatch) -> None:
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="thuml/UTSD: cannot be read.*no route to host.*network"):
+    with pytest.raises(DataError, match=r"thuml/UTSD: cannot be read.*no route to host.*network"):
         list(HubSource().records())
 
 
 def test_wrong_folder_or_split_is_named(utsd, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="no folder .*nowhere"):
+    with pytest.raises(ConfigError, match=r"no folder .*nowhere"):
         HubSource(path=str(tmp_path / "nowhere")).files()
     with pytest.raises(ConfigError, match=r"no \.arrow or \.parquet files"):
         HubSource(path=str(tmp_path)).files()

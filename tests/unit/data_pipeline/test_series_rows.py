@@ -49,6 +49,8 @@ def test_cells_without_numbers_are_drops() -> None:
     kept, dropped = read({"target": pa.array([[1.0], None])})
     assert isinstance(kept, SeriesRecord)
     assert dropped == Drop(item_id="file_1", source="file", reason="not_numeric")
+    (nested,) = read({"target": pa.array([[[1.0], None]])})
+    assert nested.reason == "not_numeric"
     (plain,) = read({"target": pa.array([3.0])})
     assert plain.reason == "not_numeric"
 
@@ -87,5 +89,5 @@ def test_freq_is_spelled_the_present_way_or_overridden() -> None:
 
 
 def test_missing_target_lists_the_columns() -> None:
-    with pytest.raises(DataError, match="here: no column 'target'.*item_id, value"):
+    with pytest.raises(DataError, match=r"here: no column 'target'.*item_id, value"):
         read({"item_id": ["a"], "value": [1.0]})

@@ -1,13 +1,12 @@
 """The routers: a new one is a file here and a line in the union and the match."""
 
-from torch import nn
-
 from tsmoe.moe.routers.sequence import SequenceRouter, SequenceRouterConfig
 
 RouterConfig = SequenceRouterConfig
+AnyRouter = SequenceRouter
 
 
-def build_router(config: RouterConfig, d_model: int, num_experts: int) -> nn.Module:
+def build_router(config: RouterConfig, d_model: int, num_experts: int) -> AnyRouter:
     """Build the router that a config section describes."""
     match config:
         case SequenceRouterConfig():
