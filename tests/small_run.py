@@ -81,10 +81,10 @@ def write_tables(folder: Path, *, spike: float | None = None) -> None:
         waves[0][20:40:7] = spike
     for name, columns in (("waves", waves), ("walks", walks)):
         for number, values in enumerate(columns):
-            rows = "".join("\n" if np.isnan(v) else f"{v:.6g}\n" for v in values)
+            rows = "".join(f"{value:.6g}\n" for value in values)
             path = folder / name / f"{name}_{number}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"index,value\n{_numbered(rows)}")
+            path.write_text(f"value\n{rows}")
 
 
 def build_small_corpus(folder: Path, *, spike: float | None = None) -> Path:
@@ -189,6 +189,3 @@ def merge_snapshots(runs: Sequence[StepsRun]) -> dict[str, torch.Tensor]:
         for key, tensor in tensors.items()
     }
 
-
-def _numbered(rows: str) -> str:
-    return "".join(f"{number},{row}\n" for number, row in enumerate(rows.split("\n")[:-1]))

@@ -7,6 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tsmoe.commands.options import (
+    add_table_options,
+    read_table_of,
+    require_positive,
+    split_numbers,
+)
 from tsmoe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -34,19 +40,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=run)
 
 
-def add_table_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what to read from a table and where to compute."""
-    parser.add_argument("--columns", help="variates to use, as a,b (default: all)")
-    parser.add_argument("--time-column", help="column of timestamps (default: found by itself)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-
-
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print or write the results."""
     for option in ("context", "horizon", "season", "batch_size"):
         require_positive(option, getattr(args, option))
     split = _parse_split(args.split)
-    columns = split_names("--columns", args.columns)
     from tsmoe.evaluate.report import check_output, draw_forecast, replace_file, scores_table
 
     if args.json not in (None, "-"):
@@ -54,12 +52,16 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_output("--plot", args.plot, (".png",))
 
-    from data_pipeline.table import read_table
     from tsmoe.evaluate.forecast import evaluate_forecast
     from tsmoe.inference import Forecaster
 
-    table = read_table(args.data, time_column=args.time_column, columns=columns)
+    table = read_table_of(args)
     forecaster = Forecaster.load(args.package, device=args.device)
+    if args.context > forecaster.context_length:
+        logger.warning(
+            "the package looks back %d steps; of the %d of --context only the baselines use more",
+            forecaster.context_length, args.context,
+        )  # fmt: skip
     with _progress() as progress:
         evaluation = evaluate_forecast(
             forecaster,
@@ -91,42 +93,6 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         draw_forecast(evaluation.example, args.plot)
     return 0
-
-
-def require_positive(option: str, value: int | None) -> None:
-    """Refuse a count below 1; None means that the option was not given.
-
-    Raises:
-        ConfigError: naming the option and the value.
-    """
-    if value is not None and value < 1:
-        raise ConfigError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
-
-
-def split_names(option: str, text: str | None) -> list[str] | None:
-    """Split "a,b" into names; None stays None.
-
-    Raises:
-        ConfigError: if a name is empty or given twice.
-    """
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",")]
-    if "" in names or len(set(names)) < len(names):
-        raise ConfigError(f"{option} {text!r}: expected different names as a,b")
-    return names
-
-
-def split_numbers(option: str, text: str) -> tuple[float, ...]:
-    """Split "0.1,0.5" into numbers.
-
-    Raises:
-        ConfigError: if a part is not a number.
-    """
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"{option} {text!r}: expected numbers as 0.1,0.5") from error
 
 
 def _parse_split(text: str | None) -> tuple[float, float, float] | None:

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from tsmoe.commands.evaluate import (
+from tsmoe.commands.options import (
     add_table_options,
+    read_table_of,
     require_positive,
-    split_names,
     split_numbers,
 )
 from tsmoe.errors import ConfigError
@@ -49,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     """Forecast the rows after the last one of the table."""
     require_positive("horizon", args.horizon)
     require_positive("context", args.context)
-    columns = split_names("--columns", args.columns)
     asked = split_numbers("--quantiles", args.quantiles) if args.quantiles is not None else ()
     import numpy as np
 
@@ -60,10 +59,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_output("--plot", args.plot, (".png",))
 
-    from data_pipeline.table import read_table
     from tsmoe.inference import Forecaster
 
-    table = read_table(args.data, time_column=args.time_column, columns=columns)
+    table = read_table_of(args)
     forecaster = Forecaster.load(args.package, device=args.device)
     levels = tuple(forecaster.quantile_levels)
     check_levels(asked, levels)
