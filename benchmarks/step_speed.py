@@ -124,7 +124,7 @@ def worker(output: Path, *, d_model: int, windows: int, rounds: int, precision: 
             # The bias update costs nothing but keeps ours as balanced as in training.
             rate = 0.0 if name in ("dense", "stock") else 1e-3
             training_step(
-                engine, [batch], step=turn, lr=1e-4, balance_rate=rate, target_clip=10.0,
+                engine, [batch], step=turn, lr=1e-4, balance_rate=rate, error_unit="window", target_clip=10.0,
                 series_name=str,
             )  # fmt: skip
             ranks.barrier()

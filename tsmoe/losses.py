@@ -6,6 +6,7 @@ Shapes: B windows, C variates, L points of a window, N patches, P patch length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from tsmoe.batch import WindowBatch
 from tsmoe.heads import NextPatchHead
 from tsmoe.models.output import ModelOutput
+
+ErrorUnit = Literal["token", "window"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,11 @@ def next_patch_loss(
     target_BCNP: Tensor,
     is_target_BCNP: Tensor,
     *,
+    error_unit: ErrorUnit,
     target_clip: float,
 ) -> LossTerms:
     """Compare each token's prediction with the patch that followed.
 
-    Errors are measured in the token's own location and scale, so that every series weighs alike.
     The arithmetic is float32 whatever the precision of the model. Tokens that have seen only a
     constant have no scale yet: their error is 0, though their points count, so that the number of
     points is known before the forward pass.
@@ -58,6 +61,10 @@ def next_patch_loss(
         output: of the context.
         target_BCNP: what followed, in the unit of the values.
         is_target_BCNP: True where a point counts.
+        error_unit: what errors are measured in: the scale of the `token` that predicts, or that of
+            the whole `window`. Ours: a token that has seen little has a small scale and a large
+            error in it; in the unit of the window all tokens weigh as they do in a forecast's
+            error. Only the weight of an error knows the window, no input does.
         target_clip: normalised targets are clipped to this many scales. Ours: after a nearly
             constant past the scale is tiny, and one jump would outweigh the batch.
     """
@@ -65,6 +72,9 @@ def next_patch_loss(
     normalised_BCNP = (target_BCNP - statistics.loc_BCN1) / statistics.scale_BCN1
     normalised_BCNP = normalised_BCNP.clamp(-target_clip, target_clip)
     errors_BCNP = head.point_errors(output.prediction_BCNPK, normalised_BCNP)
+    if error_unit == "window":
+        relative_BCN1 = statistics.scale_BCN1 / statistics.scale_BCN1[:, :, -1:]
+        errors_BCNP = errors_BCNP * relative_BCN1**head.error_power
     is_measurable_BCNP = is_target_BCNP & ~statistics.is_degenerate_BCN[..., None]
     errors_BCNP = torch.where(is_measurable_BCNP, errors_BCNP, 0)
     return LossTerms(error_B=errors_BCNP.sum((1, 2, 3)), count_B=is_target_BCNP.sum((1, 2, 3)))

@@ -85,12 +85,15 @@ class PlainEngine:
     def forward(self, batch: WindowBatch) -> ModelOutput:
         """Run the model on the context of the batch's windows."""
         length = self.model.config.context_length
-        return self._wrapped(batch.values_BCL[..., :length], batch.observed_BCL[..., :length])
+        # In its forward pass torch's DDP decides whether the backward pass will exchange gradients;
+        # the decision belongs to `backward`.
+        with self._accelerator.no_sync(self._wrapped):
+            return self._wrapped(batch.values_BCL[..., :length], batch.observed_BCL[..., :length])
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         """Add gradients; ranks exchange them with the last micro-batch only."""
-        skips_exchange = self.ranks.size > 1 and not last_micro_batch
-        with self._accelerator.no_sync(self._wrapped) if skips_exchange else nullcontext():
+        exchange = self._accelerator.trigger_sync_in_backward(self._wrapped)
+        with exchange if last_micro_batch else nullcontext():
             self._accelerator.backward(loss)
 
     def update(self, *, lr: float) -> UpdateReport:

@@ -25,6 +25,7 @@ class PointHead(nn.Module):
     """Linear map from a token to the points of the next patch."""
 
     quantile_levels: tuple[float, ...] = ()
+    error_power = 2
 
     def __init__(self, d_model: int, patch_length: int) -> None:
         super().__init__()

@@ -39,6 +39,7 @@ class QuantileHeadConfig(Section):
 class QuantileHead(nn.Module):
     """Linear map from a token to quantiles of the points of the next patch."""
 
+    error_power = 1
     levels_K: Tensor
 
     def __init__(self, config: QuantileHeadConfig, d_model: int, patch_length: int) -> None:

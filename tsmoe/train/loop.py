@@ -143,6 +143,7 @@ def _train(
                     step, steps=training.steps, peak=config.optimizer.lr, config=config.schedule
                 ),
                 balance_rate=balance_rate(step, steps=training.steps, config=config.balance),
+                error_unit=training.error_unit,
                 target_clip=training.target_clip,
                 series_name=data.corpus.item_id,
                 flags=(stop.is_set, saver.is_writing),
@@ -165,7 +166,12 @@ def _train(
                 windows_seen = first_window + (done - first_step) * training.global_batch_size
                 saver.begin(_meta(config, data.corpus, done, windows_seen), engine.snapshot())
             if done % training.validate_every_steps == 0 or done == training.steps:
-                loss = validation_loss(engine, data.validation, target_clip=training.target_clip)
+                loss = validation_loss(
+                    engine,
+                    data.validation,
+                    error_unit=training.error_unit,
+                    target_clip=training.target_clip,
+                )
                 progress.validated(loss)
                 if writer is not None:
                     writer.write_validation(step, loss)

@@ -15,6 +15,7 @@ from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
 from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.engine.plain_engine import Precision
 from tsmoe.errors import ConfigError
+from tsmoe.losses import ErrorUnit
 from tsmoe.models import ModelConfig
 from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
@@ -34,6 +35,8 @@ class TrainingConfig(Section):
     precision: Precision = "fp32"
     recomputes_activations: bool = False
     """Save memory by computing each block's activations again in the backward pass."""
+    error_unit: ErrorUnit = "window"
+    """Errors are measured in the scale that the predicting `token` knows, or the `window`'s."""
     target_clip: float = 10.0
     """Normalised targets are clipped to this many scales in the loss."""
     validate_every_steps: int = 100

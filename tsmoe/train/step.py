@@ -14,7 +14,7 @@ from torch import Tensor
 from tsmoe.batch import WindowBatch
 from tsmoe.engine.protocol import Engine
 from tsmoe.errors import TrainingError
-from tsmoe.losses import LossTerms, next_patch_loss, target_patches
+from tsmoe.losses import ErrorUnit, LossTerms, next_patch_loss, target_patches
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.ranks import Ranks
 
@@ -44,6 +44,7 @@ def training_step(
     step: int,
     lr: float,
     balance_rate: float,
+    error_unit: ErrorUnit,
     target_clip: float,
     series_name: Callable[[int], str],
     flags: Sequence[bool] = (),
@@ -59,7 +60,8 @@ def training_step(
         step: number of the step, for errors and random numbers.
         lr: learning rate of the step.
         balance_rate: how far the load bias moves after it.
-        target_clip: see `next_patch_loss`.
+        error_unit: see `next_patch_loss`.
+        target_clip: see there.
         series_name: names a series of the corpus in an error.
         flags: small facts of this rank that all want to know; they ride on a sum made anyway.
 
@@ -80,7 +82,12 @@ def training_step(
     for number, (batch, (target, is_target)) in enumerate(zip(micro_batches, targets, strict=True)):
         output = engine.forward(batch)
         term = next_patch_loss(
-            engine.model.head, output, target, is_target, target_clip=target_clip
+            engine.model.head,
+            output,
+            target,
+            is_target,
+            error_unit=error_unit,
+            target_clip=target_clip,
         )
         # Engines average over ranks; the sum over ranks is wanted.
         loss = term.error_B.sum() * (ranks.size / all_points)
@@ -114,7 +121,9 @@ def training_step(
 
 
 @torch.no_grad()
-def validation_loss(engine: Engine, batches: Sequence[WindowBatch], *, target_clip: float) -> float:
+def validation_loss(
+    engine: Engine, batches: Sequence[WindowBatch], *, error_unit: ErrorUnit, target_clip: float
+) -> float:
     """Return the mean loss over the points of all ranks' batches. Collective."""
     ranks = engine.ranks
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -125,7 +134,12 @@ def validation_loss(engine: Engine, batches: Sequence[WindowBatch], *, target_cl
         length = engine.model.config.context_length
         output = engine.model(batch.values_BCL[..., :length], batch.observed_BCL[..., :length])
         term = next_patch_loss(
-            engine.model.head, output, target, is_target, target_clip=target_clip
+            engine.model.head,
+            output,
+            target,
+            is_target,
+            error_unit=error_unit,
+            target_clip=target_clip,
         )
         sums += torch.stack((term.error_B.sum(dtype=torch.float64), term.count_B.sum().double()))
     engine.model.train()
