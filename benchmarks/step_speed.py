@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,12 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import torch
 from record import record
 from torch import Tensor, nn
 
+from runs import environment
 from tsmoe import ranks as ranks_module
 from tsmoe.batch import WindowBatch
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
@@ -124,8 +122,8 @@ def worker(output: Path, *, d_model: int, windows: int, rounds: int, precision: 
             # The bias update costs nothing but keeps ours as balanced as in training.
             rate = 0.0 if name in ("dense", "stock") else 1e-3
             training_step(
-                engine, [batch], step=turn, lr=1e-4, balance_rate=rate, error_unit="window", target_clip=10.0,
-                series_name=str,
+                engine, [batch], step=turn, lr=1e-4, balance_rate=rate, error_unit="window",
+                target_clip=10.0, series_name=str,
             )  # fmt: skip
             ranks.barrier()
             cpu_seconds = torch.tensor(time.process_time() - cpu_begun, dtype=torch.float64)
@@ -181,9 +179,9 @@ def main() -> None:
     for count in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "figures.json"
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                      f"--nproc_per_node={count}", __file__, *sys.argv[1:], "--worker", str(output)]  # fmt: skip
-            subprocess.run(launch, check=True)
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            launch += [f"--nproc_per_node={count}", __file__, *sys.argv[1:]]
+            subprocess.run([*launch, "--worker", str(output)], check=True, env=environment())
             figures = json.loads(output.read_text())
         results[f"{count}_rank"] = figures | {"ratios": ratios(figures)}
     suffix = "" if args.precision == "fp32" else f"_{args.precision}"

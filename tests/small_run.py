@@ -156,6 +156,7 @@ def one_step(
         step=step,
         lr=config.optimizer.lr,
         balance_rate=config.balance.rate,
+        error_unit=config.training.error_unit,
         target_clip=config.training.target_clip,
         series_name=str,
     )

@@ -121,7 +121,8 @@ class Forecaster:
         if np.isinf(context_BCL).any():
             raise ConfigError("the context holds infinite values; mark them as missing (NaN)")
         windows, variates, _ = context_BCL.shape
-        series_XL = torch.from_numpy(context_BCL[..., -self.context_length :]).flatten(0, 1)
+        # A copy: torch takes neither mirrored arrays nor, without a warning, read-only ones.
+        series_XL = torch.from_numpy(context_BCL[..., -self.context_length :].copy()).flatten(0, 1)
         pieces = [
             self._roll(piece_XL.to(self.device), prediction_length).cpu()
             for piece_XL in series_XL.split(batch_size)

@@ -36,7 +36,8 @@ def save_package(folder: Path, model: TimeTracker, card: dict[str, Any]) -> None
     Raises:
         CheckpointError: if the folder holds something else, or cannot be written.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / CARD_FILE).exists():
+    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_free and not (folder / CARD_FILE).exists():
         raise CheckpointError(f"{folder}: exists and is no package; choose another folder")
     temporary = folder.with_name(f"{INCOMPLETE_PREFIX}{folder.name}")
     try:
@@ -80,9 +81,10 @@ def load_package(folder: Path) -> tuple[TimeTracker, dict[str, Any]]:
         card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / CARD_FILE}: cannot be read: {error}") from error
-    if card.get("format_version") != PACKAGE_VERSION:
+    version = card.get("format_version") if isinstance(card, dict) else None
+    if version != PACKAGE_VERSION:
         raise CheckpointError(
-            f"{folder}: package version {card.get('format_version')}, but this tsmoe reads "
+            f"{folder / CARD_FILE}: package version {version}, but this tsmoe reads "
             f"{PACKAGE_VERSION}; use the version of tsmoe that wrote it"
         )
     try:

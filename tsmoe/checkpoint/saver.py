@@ -148,11 +148,12 @@ class CheckpointSaver:
         pending.folder.rename(final)
         sync_folder(self.folder)
         write_text(self.folder / LATEST_FILE, final.name)
-        self._prune()
+        self._prune(final)
         logger.info("saved %s", final)
 
-    def _prune(self) -> None:
-        steps = sorted(self.folder.glob("step_*"))
+    def _prune(self, newest: Path) -> None:
+        # Later steps are damaged ones that a resume passed over; the run will write over them.
+        steps = sorted(p for p in self.folder.glob("step_*") if p.name <= newest.name)
         milestone = self.config.milestone_every_steps
         for old in steps[: -self.config.keep]:
             step = int(old.name.removeprefix("step_"))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tsmoe.moe.routers import AnyRouter
+from tsmoe.checkpoint.layout import write_text
 from tsmoe.train.step import StepReport
 
 # An expert is live if it gets at least this part of the mean load.
@@ -130,4 +131,4 @@ def _keep_before(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue  # a line cut short by a kill
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in kept))

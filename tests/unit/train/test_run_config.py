@@ -1,0 +1,99 @@
+import pytest
+
+from tsmoe.config import decode, encode
+from tsmoe.engine import PlainEngineConfig
+from tsmoe.errors import ConfigError
+from tsmoe.train.run_config import RunConfig, TrainingConfig, preset_names, resolve
+
+
+def config_of(**sections: dict) -> RunConfig:
+    return decode(RunConfig, {"run": "r", "corpus": "c", **sections}, origin="test")
+
+
+def refusal(world_size: int, **sections: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_of(**sections).check_world_size(world_size)
+    return str(caught.value)
+
+
+def test_settings_go_over_the_preset() -> None:
+    plain = resolve("time_tracker_tiny", [])
+    changed = resolve("time_tracker_tiny", ["training.steps=7", "seed=3", "optimizer.lr=1e-4"])
+    assert (changed.training.steps, changed.seed, changed.optimizer.lr) == (7, 3, 1e-4)
+    assert changed.training.global_batch_size == plain.training.global_batch_size
+    assert changed.model == plain.model
+
+
+def test_later_settings_win() -> None:
+    assert resolve("time_tracker_tiny", ["seed=1", "seed=2"]).seed == 2
+
+
+def test_another_type_starts_from_its_defaults() -> None:
+    config = resolve("time_tracker_tiny", ["engine.type=plain"])
+    assert config.engine == PlainEngineConfig()
+    dense = resolve("time_tracker_tiny", ["model.feed_forward={type: dense, d_ff: 9}"])
+    assert encode(dense.model.feed_forward) == {"type": "dense", "d_ff": 9}
+
+
+def test_preset_may_be_a_file(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("run: r\ncorpus: c\ntraining: {steps: 3}\n")
+    assert resolve(str(path), []).training.steps == 3
+    with pytest.raises(ConfigError, match=r"other\.yaml: no such file"):
+        resolve(str(tmp_path / "other.yaml"), [])
+
+
+def test_unknown_preset_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="'time_tracker_tyni' is no preset") as caught:
+        resolve("time_tracker_tyni", [])
+    assert all(name in str(caught.value) for name in preset_names())
+
+
+def test_wrong_setting_names_preset_and_path() -> None:
+    with pytest.raises(ConfigError, match=r"time_tracker_tiny: training\.stepz.*did you mean steps"):
+        resolve("time_tracker_tiny", ["training.stepz=5"])
+    with pytest.raises(ConfigError, match=r"model: context_length \(670\).*patch_stride \(48\)"):
+        resolve("time_tracker_tiny", ["model.context_length=670"])
+
+
+def test_batch_that_does_not_divide_names_all_three_numbers() -> None:
+    batches = {"global_batch_size": 100, "micro_batch_size": 10}
+    message = refusal(3, training=batches)
+    assert "training.global_batch_size (100)" in message
+    assert "training.micro_batch_size (10)" in message
+    assert "ranks (3)" in message
+    config = config_of(training=batches)
+    config.check_world_size(5)
+    assert config.training.gradient_accumulation_steps(5) == 2
+
+
+def test_expert_parallel_size_must_divide_ranks_and_experts() -> None:
+    engine = {"type": "deepspeed", "expert_parallel_size": 2}
+    message = refusal(1, engine=engine)
+    assert "engine.expert_parallel_size (2)" in message
+    assert "ranks (1)" in message
+    message = refusal(2, engine=engine, model={"feed_forward": {"type": "moe", "num_experts": 5}})
+    assert "engine.expert_parallel_size (2)" in message
+    assert "model.feed_forward.num_experts (5)" in message
+
+
+def test_dense_model_has_no_experts_to_spread() -> None:
+    dense = {"feed_forward": {"type": "dense"}}
+    message = refusal(2, engine={"type": "deepspeed", "expert_parallel_size": 2}, model=dense)
+    assert "engine.expert_parallel_size is 2" in message
+    assert "dense" in message
+    config_of(engine={"type": "deepspeed"}, model=dense).check_world_size(2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"steps": 0}, r"steps \(0\)"),
+        ({"micro_batch_size": -1}, r"micro_batch_size \(-1\)"),
+        ({"target_clip": 0.0}, r"target_clip \(0\.0\)"),
+        ({"timeout_seconds": -2.0}, r"timeout_seconds \(-2\.0\)"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        TrainingConfig(**settings)
