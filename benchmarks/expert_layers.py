@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from runs import environment
 from tsmoe import ranks as ranks_module
-from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
 from tsmoe.engine.deepspeed_engine import expert_factory, initialise_deepspeed
 from tsmoe.moe.layer import MoEConfig, MoELayer
 from tsmoe.moe.routers import SequenceRouterConfig
@@ -88,7 +87,7 @@ def worker(output: Path, *, rounds: int, precision: str) -> None:
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 
-    make_experts = expert_factory(DeepSpeedEngineConfig(expert_parallel_size=ranks.size), ranks)
+    make_experts = expert_factory(ranks.size, ranks)
     config = {
         "train_micro_batch_size_per_gpu": SEQUENCES, "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 1}, "bf16": {"enabled": precision == "bf16"},

@@ -95,7 +95,7 @@ def worker(output: Path, *, d_model: int, windows: int, rounds: int, precision: 
     ranks = ranks_module.start()
     initialise_deepspeed(ranks, timeout_seconds=600)
     engine_config = DeepSpeedEngineConfig(expert_parallel_size=ranks.size)
-    make_experts = expert_factory(engine_config, ranks)
+    make_experts = expert_factory(ranks.size, ranks)
     config = model_config(d_model)
     engines = {}
     for name in ("dense", "stock", "token", "prefix", "sequence"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from tsmoe import __version__
-from tsmoe.errors import TsmoeError
+from tsmoe.errors import ConfigError, TsmoeError
 
 _COMMANDS = ("data", "pretrain", "evaluate", "forecast")
 
@@ -34,12 +35,24 @@ def main(arguments: list[str] | None = None) -> int:
     except TsmoeError as error:
         if args.debug:
             raise
-        print(f"tsmoe: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not isinstance(error, ConfigError):
+            # A wrong setting is wrong on every rank alike; one line is enough.
+            print(f"tsmoe: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("tsmoe: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output, such as `head`, has seen enough.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        # A full disk, a folder without permission: the system's words say what and where.
+        if args.debug:
+            raise
+        print(f"tsmoe: {error}; mend it and start the same command again", file=sys.stderr)
+        return 1
 
 
 def _launcher_arguments_last(arguments: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ Shapes: B windows, C variates, L points of a window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,5 +38,5 @@ class WindowBatch:
         """Copy to page-locked memory (the hook that torch's DataLoader calls)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, change) -> WindowBatch:  # type: ignore[no-untyped-def]
+    def _map(self, change: Callable[[Tensor], Tensor]) -> WindowBatch:
         return replace(self, **{name: change(value) for name, value in vars(self).items()})

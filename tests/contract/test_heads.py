@@ -30,8 +30,8 @@ def head(request) -> NextPatchHead:
     return build_head(request.param, D, P)
 
 
-@pytest.fixture
-def tokens_BCND() -> Tensor:
+@pytest.fixture(name="tokens_BCND")
+def random_tokens() -> Tensor:
     return torch.randn(B, C, N, D, generator=torch.Generator().manual_seed(1))
 
 
@@ -61,6 +61,15 @@ def test_error_of_a_point_is_its_own(head, tokens_BCND) -> None:
     target_BCNP[1, 0, 2, 3] += 5
     changed = head.point_errors(prediction_BCNPK, target_BCNP) != before
     assert changed.nonzero().tolist() == [[1, 0, 2, 3]]
+
+
+def test_error_grows_by_its_power_of_the_scale(head, tokens_BCND) -> None:
+    prediction_BCNPK = head(tokens_BCND)
+    target_BCNP = torch.randn(B, C, N, P)
+    torch.testing.assert_close(
+        head.point_errors(3 * prediction_BCNPK, 3 * target_BCNP),
+        head.point_errors(prediction_BCNPK, target_BCNP) * 3**head.error_power,
+    )
 
 
 def test_errors_are_float32_whatever_the_precision_of_the_model(head, tokens_BCND) -> None:

@@ -29,8 +29,8 @@ def router(config: RouterConfig) -> nn.Module:
     return build_router(config, D, E).eval()
 
 
-@pytest.fixture
-def tokens_BCND() -> Tensor:
+@pytest.fixture(name="tokens_BCND")
+def random_tokens() -> Tensor:
     return torch.randn(B, C, N, D, generator=torch.Generator().manual_seed(1))
 
 

@@ -38,8 +38,8 @@ def make_model() -> MakeModel:
     return make
 
 
-@pytest.fixture
-def walks_BCL() -> Tensor:
+@pytest.fixture(name="walks_BCL")
+def random_walks() -> Tensor:
     """Five windows of one variate: random walks as long as the tiny model's context."""
     generator = torch.Generator().manual_seed(3)
     return torch.randn(5, 1, 64, generator=generator).cumsum(-1)

@@ -3,7 +3,9 @@ import torch
 from torch import Tensor
 
 from tsmoe.batch import WindowBatch
+from tsmoe.heads import NextPatchHead, QuantileHeadConfig
 from tsmoe.heads.point import PointHead
+from tsmoe.heads.quantile import QuantileHead
 from tsmoe.losses import LossTerms, next_patch_loss, target_patches
 from tsmoe.models.output import ModelOutput
 from tsmoe.nn.instance_norm import InstanceStatistics
@@ -35,11 +37,17 @@ def make_output(
 
 
 def loss_of(
-    prediction: Tensor, target: Tensor, is_target: Tensor, clip: float = NO_CLIP, **of_output: object
+    prediction: Tensor,
+    target: Tensor,
+    is_target: Tensor,
+    clip: float = NO_CLIP,
+    **of_output: object,
 ) -> LossTerms:
-    """Compare predictions of shape BCNP by squared error."""
+    """Compare predictions of shape BCNP by squared error in the unit of each token."""
     output = make_output(prediction[..., None], **of_output)
-    return next_patch_loss(PointHead(4, 3), output, target, is_target, target_clip=clip)
+    return next_patch_loss(
+        PointHead(4, 3), output, target, is_target, target_clip=clip, error_unit="token"
+    )
 
 
 @pytest.fixture
@@ -109,6 +117,37 @@ def test_errors_are_measured_in_the_tokens_own_scale(case) -> None:
     other_unit = loss_of(prediction, target * 1e3 + 5e4, is_target, loc=5e4, scale=1e3)
     # 5e4 in float32 is resolved to 4e-3: 4e-6 of the scale.
     torch.testing.assert_close(other_unit.error_B, plain.error_B, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", [PointHead(4, 3), QuantileHead(QuantileHeadConfig(), 4, 3)])
+def test_errors_can_be_measured_in_the_scale_of_the_window(head: NextPatchHead) -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = len(head.quantile_levels) or 1
+    prediction_BCNPK = torch.randn(4, 1, 2, 3, levels, generator=generator)
+    target_BCNP = 50 + torch.randn(4, 1, 2, 3, generator=generator)
+    statistics = InstanceStatistics(
+        loc_BCN1=50 + torch.randn(4, 1, 2, 1, generator=generator),
+        scale_BCN1=0.5 + torch.rand(4, 1, 2, 1, generator=generator),
+        is_degenerate_BCN=torch.zeros(4, 1, 2, dtype=torch.bool),
+    )
+    output = ModelOutput(prediction_BCNPK=prediction_BCNPK, statistics=statistics, routings=())
+    terms = next_patch_loss(
+        head,
+        output,
+        target_BCNP,
+        torch.ones(4, 1, 2, 3, dtype=torch.bool),
+        target_clip=NO_CLIP,
+        error_unit="window",
+    )
+    in_its_unit_BCNPK = (
+        prediction_BCNPK * statistics.scale_BCN1[..., None] + statistics.loc_BCN1[..., None]
+    )
+    of_window_BC11 = statistics.scale_BCN1[:, :, -1:]
+    expected = head.point_errors(
+        in_its_unit_BCNPK / of_window_BC11[..., None], target_BCNP / of_window_BC11
+    )
+    # Differences of numbers near 50 in float32: 4e-6 each.
+    torch.testing.assert_close(terms.error_B, expected.sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
 
 
 def test_targets_are_clipped_in_scales_and_predictions_are_not() -> None:

@@ -46,6 +46,10 @@ class RunSettings(Protocol):
     @property
     def engine(self) -> PlainEngineConfig | DeepSpeedEngineConfig: ...
 
+    def expert_parallel_size(self, world_size: int) -> int:
+        """Ranks that share one set of experts."""
+        ...
+
 
 def build_engine(
     config: RunSettings, ranks: Ranks, *, prepare: Callable[[TimeTracker], None]
@@ -76,8 +80,9 @@ def build_engine(
                 initialise_deepspeed,
             )
 
+            size = config.expert_parallel_size(ranks.size)
             initialise_deepspeed(ranks, timeout_seconds=training.timeout_seconds)
-            model = make_model(make_experts=expert_factory(config.engine, ranks))
+            model = make_model(make_experts=expert_factory(size, ranks))
             prepare(model)
             return DeepSpeedEngine(
                 model,

@@ -38,8 +38,9 @@ class DeepSpeedEngineConfig(Section):
     type: Literal["deepspeed"] = "deepspeed"
     zero_stage: int = 1
     """1 partitions optimizer states, 2 gradients too; the numbers are the same."""
-    expert_parallel_size: int = 1
-    """Ranks that share one set of experts; consecutive ranks form a group."""
+    expert_parallel_size: int | Literal["auto"] = "auto"
+    """Ranks that share one set of experts; consecutive ranks form a group. `auto`: as many as
+    divide both the number of ranks and that of experts."""
     config_file: str | None = None
     """A DeepSpeed JSON with settings that the run config does not own."""
 
@@ -57,7 +58,7 @@ class DeepSpeedEngineConfig(Section):
             )
         if self.zero_stage not in (1, 2):
             raise ValueError(f"zero_stage is {self.zero_stage}; use 1 or 2")
-        if self.expert_parallel_size < 1:
+        if self.expert_parallel_size != "auto" and self.expert_parallel_size < 1:
             raise ValueError(
                 f"expert_parallel_size ({self.expert_parallel_size}) must be at least 1"
             )

@@ -66,16 +66,16 @@ def initialise_deepspeed(ranks: Ranks, *, timeout_seconds: float) -> None:
     )
 
 
-def expert_factory(config: DeepSpeedEngineConfig, ranks: Ranks) -> ExpertFactory:
-    """Return what builds this rank's share of a layer's experts. Collective."""
+def expert_factory(expert_parallel_size: int, ranks: Ranks) -> ExpertFactory:
+    """Return what builds this rank's share of a layer's experts. Collective: makes groups."""
     from tsmoe.engine.deepspeed_moe import DeepSpeedExperts, expert_ranks
 
-    shared = expert_ranks(ranks, config.expert_parallel_size)
+    shared = expert_ranks(ranks, expert_parallel_size)
     return functools.partial(DeepSpeedExperts, ranks=shared)
 
 
 class DeepSpeedEngine:
-    """Trains under DeepSpeed; experts live on `expert_parallel_size` ranks."""
+    """Trains under DeepSpeed; experts may be spread over ranks."""
 
     def __init__(
         self,

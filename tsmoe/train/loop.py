@@ -76,9 +76,7 @@ def pretrain(config: RunConfig) -> Outcome:
     )
     run = Path(config.run)
     corpus = Corpus.open(config.corpus)
-    found = newest_checkpoint(run / "checkpoints") if (run / "checkpoints").exists() else None
-    if found is not None:
-        _check_resumable(config, corpus, *found)
+    found = _find_checkpoint(config, corpus, ranks)
     engine = build_engine(config, ranks, prepare=prepare_pretraining)
     first_step, first_window = 0, 0
     if found is not None:
@@ -127,7 +125,6 @@ def _train(
         log_every_steps=training.log_every_steps,
         is_shown=ranks.is_first,
     )
-    points_per_step = training.global_batch_size * config.model.context_length
     outcome = Outcome.DONE
     with StopRequest() as stop, progress:
         for step in range(first_step, training.steps):
@@ -150,6 +147,7 @@ def _train(
             )
             num_stops, num_writing = report.flags
             seconds = time.monotonic() - begun
+            points_per_second = report.num_target_points / seconds
             done = step + 1
             is_last = done == training.steps or num_stops > 0
             if writer is not None:
@@ -157,7 +155,7 @@ def _train(
                     step,
                     report,
                     bias_ME=load_biases(engine.model.routers()),
-                    points_per_second=points_per_step / seconds,
+                    points_per_second=points_per_second,
                     data_wait_share=waited / seconds,
                 )
             if saver.is_pending and not num_writing:
@@ -175,17 +173,19 @@ def _train(
                 progress.validated(loss)
                 if writer is not None:
                     writer.write_validation(step, loss)
-            progress.advanced(done, loss=report.loss, points_per_second=points_per_step / seconds)
+            progress.advanced(done, loss=report.loss, points_per_second=points_per_second)
             if is_last:
                 outcome = Outcome.DONE if done == training.steps else Outcome.STOPPED
                 break
-    if writer is not None:
-        writer.close()
-    saver.close(must_succeed=True)
-    if ranks.is_first:
-        marker = DONE_MARKER if outcome is Outcome.DONE else REQUEUE_MARKER
-        write_text(run / marker, f"{done}\n")
-        logger.info("%s: %s at step %d of %d", run, outcome.value, done, training.steps)
+        # Within the reach of the signals' handler: launchers send more than one, and the last
+        # checkpoint must be whole before any of them may end this process.
+        if writer is not None:
+            writer.close()
+        saver.close(must_succeed=True)
+        if ranks.is_first:
+            marker = DONE_MARKER if outcome is Outcome.DONE else REQUEUE_MARKER
+            write_text(run / marker, f"{done}\n")
+            logger.info("%s: %s at step %d of %d", run, outcome.value, done, training.steps)
     return outcome
 
 
@@ -233,6 +233,24 @@ def _meta(config: RunConfig, corpus: Corpus, step: int, windows_seen: int) -> Ch
         config=encode(config),
         corpus_fingerprint=corpus.fingerprint,
     )
+
+
+def _find_checkpoint(
+    config: RunConfig, corpus: Corpus, ranks: Ranks
+) -> tuple[Path, CheckpointMeta] | None:
+    """Let the first rank look and check, and tell the others, so that all go on from the same."""
+    outcome: tuple[Path, CheckpointMeta] | CheckpointError | None = None
+    if ranks.is_first:
+        try:
+            outcome = newest_checkpoint(Path(config.run) / "checkpoints")
+            if outcome is not None:
+                _check_resumable(config, corpus, *outcome)
+        except CheckpointError as error:
+            outcome = error
+    outcome = ranks.gather(outcome)[0]
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    return outcome
 
 
 def _check_resumable(config: RunConfig, corpus: Corpus, folder: Path, meta: CheckpointMeta) -> None:

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from tsmoe.moe.routers import AnyRouter
 from tsmoe.checkpoint.layout import write_text
+from tsmoe.moe.routers import AnyRouter
 from tsmoe.train.step import StepReport
 
 # An expert is live if it gets at least this part of the mean load.
@@ -67,7 +67,7 @@ class MetricsWriter:
             step: number of the step, from 0.
             report: of the step.
             bias_ME: load bias after the step.
-            points_per_second: context points of all ranks over the wall time of the step.
+            points_per_second: target points of all ranks over the wall time of the step.
             data_wait_share: part of the step's wall time that this rank waited for data.
         """
         scalars = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -95,26 +96,37 @@ class RunConfig(Section):
                 f"training.micro_batch_size ({training.micro_batch_size}) times the number of "
                 f"ranks ({world_size})"
             )
+        self.expert_parallel_size(world_size)
+
+    def expert_parallel_size(self, world_size: int) -> int:
+        """Say how many ranks share one set of experts.
+
+        Raises:
+            ConfigError: if that many cannot, naming both fields and both values.
+        """
+        feed_forward = self.model.feed_forward
+        num_experts = feed_forward.num_experts if isinstance(feed_forward, MoEConfig) else 1
         if not isinstance(self.engine, DeepSpeedEngineConfig):
-            return
+            return 1
         size = self.engine.expert_parallel_size
+        if size == "auto":
+            return math.gcd(world_size, num_experts)
         if world_size % size:
             raise ConfigError(
                 f"engine.expert_parallel_size ({size}) must divide the number of ranks "
-                f"({world_size}); start more ranks or set engine.expert_parallel_size=1"
+                f"({world_size}); start more ranks or set engine.expert_parallel_size=auto"
             )
-        feed_forward = self.model.feed_forward
-        if not isinstance(feed_forward, MoEConfig):
-            if size > 1:
-                raise ConfigError(
-                    f"engine.expert_parallel_size is {size}, but model.feed_forward is dense; "
-                    "set engine.expert_parallel_size=1"
-                )
-        elif feed_forward.num_experts % size:
+        if not isinstance(feed_forward, MoEConfig) and size > 1:
+            raise ConfigError(
+                f"engine.expert_parallel_size is {size}, but model.feed_forward is dense; "
+                "set engine.expert_parallel_size=auto"
+            )
+        if num_experts % size:
             raise ConfigError(
                 f"engine.expert_parallel_size ({size}) must divide "
-                f"model.feed_forward.num_experts ({feed_forward.num_experts})"
+                f"model.feed_forward.num_experts ({num_experts})"
             )
+        return size
 
 
 def preset_names() -> list[str]:

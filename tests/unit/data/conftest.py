@@ -42,9 +42,15 @@ def make_corpus(tmp_path: Path) -> MakeCorpus:
                 values[[place for series, place in missing if series == number]] = np.nan
                 writer.add(
                     SeriesRecord(
-                        item_id=f"s{number}", start=None, end=None, freq="h", domain="Test",
-                        source=source, variate=0, values=values,
-                    )  # fmt: skip
+                        item_id=f"s{number}",
+                        start=None,
+                        end=None,
+                        freq="h",
+                        domain="Test",
+                        source=source,
+                        variate=0,
+                        values=values,
+                    )
                 )
                 number += 1
         shards = writer.close()

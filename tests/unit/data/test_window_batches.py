@@ -20,7 +20,9 @@ def corpus(make_corpus) -> Corpus:
     return make_corpus(lengths, missing=[(0, 3), (0, 95), (5, 7), (15, 30)])
 
 
-def training(corpus: Corpus, *, rank: int = 0, size: int = 1, **settings: object) -> TrainingBatches:
+def training(
+    corpus: Corpus, *, rank: int = 0, size: int = 1, **settings: object
+) -> TrainingBatches:
     defaults = {"seed": 0, "temperature": 0.5, "micro_batch_size": 4}
     return TrainingBatches(
         corpus,
@@ -30,7 +32,9 @@ def training(corpus: Corpus, *, rank: int = 0, size: int = 1, **settings: object
     )
 
 
-def validation(corpus: Corpus, *, rank: int = 0, size: int = 1, **settings: int) -> ValidationBatches:
+def validation(
+    corpus: Corpus, *, rank: int = 0, size: int = 1, **settings: int
+) -> ValidationBatches:
     return ValidationBatches(
         corpus,
         validation_windows(corpus, **SIZES),

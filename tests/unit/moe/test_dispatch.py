@@ -92,7 +92,11 @@ def test_gradients_are_those_of_finite_differences(mode: str) -> None:
         call.ranks = experts.ranks
         return run_experts(tokens, routing, call)
 
-    inputs = (tokens_BCND, weights_BCNK, *(p.detach().requires_grad_() for p in experts.parameters()))
+    inputs = (
+        tokens_BCND,
+        weights_BCNK,
+        *(p.detach().requires_grad_() for p in experts.parameters()),
+    )
     assert torch.autograd.gradcheck(run, inputs)
 
 

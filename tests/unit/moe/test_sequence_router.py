@@ -14,8 +14,8 @@ def route(mode: str, tokens_BCND: Tensor) -> Routing:
     return router(tokens_BCND, None)[0]
 
 
-@pytest.fixture
-def tokens_BCND() -> Tensor:
+@pytest.fixture(name="tokens_BCND")
+def random_tokens() -> Tensor:
     return torch.randn(4, 3, 6, D, generator=torch.Generator().manual_seed(1))
 
 

@@ -13,8 +13,8 @@ def attention() -> AnyVariateAttention:
     return AnyVariateAttention(D, H, rotary_base=10000.0).double()
 
 
-@pytest.fixture
-def tokens_BCND() -> Tensor:
+@pytest.fixture(name="tokens_BCND")
+def random_tokens() -> Tensor:
     return torch.randn(B, C, N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 

@@ -23,9 +23,7 @@ def random_windows(level: float, spread: float = 1.0) -> tuple[Tensor, Tensor]:
 # last case is at the floor of the scale, 1e-5 of the level.
 @pytest.mark.parametrize(("level", "spread"), [(0, 1), (0, 1e-9), (2e4, 1), (1e6, 50), (1e6, 1)])
 @pytest.mark.parametrize("mode", ["window", "prefix"])
-def test_statistics_are_numpys_over_observed_points(
-    level: float, spread: float, mode: str
-) -> None:
+def test_statistics_are_numpys_over_observed_points(level: float, spread: float, mode: str) -> None:
     values_BCL, observed_BCL = random_windows(level, spread)
     statistics = measure(values_BCL, observed_BCL, mode)
     for place in np.ndindex(3, 2, 4):

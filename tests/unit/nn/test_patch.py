@@ -8,7 +8,15 @@ from tsmoe.nn.patch import PatchEmbedding, cut_patches, num_patches, patch_ends
 
 @pytest.mark.parametrize(
     ("length", "patch_length", "patch_stride"),
-    [(96, 24, 24), (97, 24, 24), (119, 24, 24), (96, 24, 12), (97, 24, 12), (25, 24, 5), (24, 24, 1)],
+    [
+        (96, 24, 24),
+        (97, 24, 24),
+        (119, 24, 24),
+        (96, 24, 12),
+        (97, 24, 12),
+        (25, 24, 5),
+        (24, 24, 1),
+    ],
 )
 def test_number_of_patches_is_the_papers(length: int, patch_length: int, patch_stride: int) -> None:
     cut = {"patch_length": patch_length, "patch_stride": patch_stride}

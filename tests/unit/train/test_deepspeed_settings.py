@@ -26,7 +26,9 @@ def settings_with_file(path: Path, content: object) -> dict:
     return settings_for(DeepSpeedEngineConfig(zero_stage=2, config_file=str(path)))
 
 
-@pytest.mark.parametrize(("stage", "reason"), [(3, "refuses its expert layers"), (0, "gradient norm")])
+@pytest.mark.parametrize(
+    ("stage", "reason"), [(3, "refuses its expert layers"), (0, "gradient norm")]
+)
 def test_stages_that_fail_with_experts_are_refused_with_the_reason(stage: int, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"zero_stage is {stage}.*{reason}.*use 1"):
         DeepSpeedEngineConfig(zero_stage=stage)

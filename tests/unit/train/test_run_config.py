@@ -50,7 +50,9 @@ def test_unknown_preset_lists_those_there_are() -> None:
 
 
 def test_wrong_setting_names_preset_and_path() -> None:
-    with pytest.raises(ConfigError, match=r"time_tracker_tiny: training\.stepz.*did you mean steps"):
+    with pytest.raises(
+        ConfigError, match=r"time_tracker_tiny: training\.stepz.*did you mean steps"
+    ):
         resolve("time_tracker_tiny", ["training.stepz=5"])
     with pytest.raises(ConfigError, match=r"model: context_length \(670\).*patch_stride \(48\)"):
         resolve("time_tracker_tiny", ["model.context_length=670"])

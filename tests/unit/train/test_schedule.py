@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from tsmoe.train.schedule import BalanceConfig, ScheduleConfig, balance_rate, learning_rate
@@ -18,7 +20,7 @@ def test_learning_rate_rises_evenly_to_the_peak() -> None:
 def test_learning_rate_falls_to_its_final_share_at_the_last_step() -> None:
     curve = rates(100, warmup_share=0.1, final_lr_share=0.05)
     assert curve[-1] == pytest.approx(0.1)
-    assert all(later < earlier for earlier, later in zip(curve[10:], curve[11:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(curve[10:]))
     # Half way down the cosine is half way between peak and final.
     assert (curve[54] + curve[55]) / 2 == pytest.approx((2.0 + 0.1) / 2, rel=1e-3)
 
@@ -36,7 +38,9 @@ def test_no_warmup_starts_at_the_peak() -> None:
 
 @pytest.mark.parametrize("steps", [10, 100, 1000])
 def test_balance_rests_in_the_last_tenth(steps: int) -> None:
-    found = [balance_rate(step, steps=steps, config=BalanceConfig(rate=0.5)) for step in range(steps)]
+    found = [
+        balance_rate(step, steps=steps, config=BalanceConfig(rate=0.5)) for step in range(steps)
+    ]
     assert found == [0.5] * (steps * 9 // 10) + [0.0] * (steps // 10)
 
 
