@@ -29,7 +29,7 @@ SERVER_START_SECONDS = 120
 _LOG_TAIL = 4000
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or did not end in time; the message has its traceback."""
 
 
@@ -42,7 +42,7 @@ def run_on_ranks(
     that `tsmoe.ranks.start` joins them. Arguments and results must be picklable.
 
     Raises:
-        RankFailure: if any rank fails, with the traceback and output of the first that did.
+        RankError: if any rank fails, with the traceback and output of the first that did.
     """
     payload = pickle.dumps((function, arguments))
     return _server().run(payload, num_ranks=num_ranks, time_limit=time_limit)
@@ -85,7 +85,7 @@ class _Server:
         self._connection.send_bytes(pickle.dumps((payload, num_ranks, time_limit)))
         reply = pickle.loads(self._receive(time_limit + 30))
         if isinstance(reply, str):
-            raise RankFailure(reply)
+            raise RankError(reply)
         return [pickle.loads(result) for result in reply]
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class _Server:
         self.close()
         _server.cache_clear()  # the next test gets a new one
         self._log.seek(0)
-        raise RankFailure(f"the rank server {reason}:\n{self._log.read().decode()[-_LOG_TAIL:]}")
+        raise RankError(f"the rank server {reason}:\n{self._log.read().decode()[-_LOG_TAIL:]}")
 
 
 @dataclass
@@ -219,7 +219,7 @@ if __name__ == "__main__":
     import pytest  # noqa: F401
     import torch
     import torch._dynamo
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.utils.tensorboard
 
     import tsmoe.engine.deepspeed_engine
     import tsmoe.train.loop  # noqa: F401

@@ -44,9 +44,7 @@ class Continuation:
 
 
 CONTINUATIONS = {
-    "plain as before": Continuation(
-        written="plain", num_ranks=1, settings=PLAIN, is_bitwise=True
-    ),
+    "plain as before": Continuation(written="plain", num_ranks=1, settings=PLAIN, is_bitwise=True),
     "spread as before": Continuation(
         written="spread", num_ranks=2, settings=SPREAD, is_bitwise=True
     ),

@@ -48,7 +48,7 @@ def corpus(tmp_path_factory) -> Path:
 def start_without_a_compiler(config: RunConfig, folder: str) -> tuple[list[str], str]:
     os.environ["PATH"] = folder
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
-    _, engine = start_engine(config)
+    engine = start_engine(config)
     one_step(config, engine, 0)
     return os.listdir(folder), type(engine._zero.optimizer).__module__
 
@@ -108,14 +108,14 @@ def test_plain_engine_refuses_when_accelerate_sees_other_processes(corpus) -> No
 
 def count_exchanges(config: RunConfig) -> int:
     """Count the exchanges of gradients in a step of two passes."""
-    ranks, engine = start_engine(config)
+    engine = start_engine(config)
     count = 0
 
     def exchange(_: object, bucket: torch.distributed.GradBucket):
         nonlocal count
         count += 1
         summed = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
-        return summed.then(lambda done: done.value()[0] / ranks.size)
+        return summed.then(lambda done: done.value()[0] / engine.ranks.size)
 
     one_step(config, engine, 0)  # buckets are laid out anew after the first
     engine._wrapped.register_comm_hook(None, exchange)
@@ -133,7 +133,7 @@ def test_plain_engine_exchanges_gradients_once_a_step(corpus) -> None:
 
 def bf16_facts(config: RunConfig) -> tuple[StepsRun, dict[str, list[str]], list[float]]:
     run = run_steps(config)
-    _, engine = start_engine(config)
+    engine = start_engine(config)
     dtypes = {
         "parameters": sorted({str(p.dtype) for p in engine.model.parameters()}),
         "buffers": sorted({str(b.dtype) for b in engine.model.buffers()}),
@@ -175,44 +175,55 @@ def test_bf16_snapshot_holds_float32_masters(bf16_ranks) -> None:
 
 # Ranks that are not alike.
 
-
-def uneven_step(config: RunConfig, bias_E: list[float] | None) -> tuple[float, float]:
-    """Do one step with 13 windows on the first rank and 3 on the second; return loss and norm."""
-    ranks, engine = start_engine(config)
-    for router in engine.model.routers():
-        router.balance.bias_E.copy_(torch.tensor(bias_E or [0.0] * 4))
-    (batch,) = step_batches(small_config(Path(config.corpus), ONE_PASS), Ranks(), 0)
-    if ranks.size == 2:
-        batch = part(batch, slice(None, 13) if ranks.is_first else slice(13, None))
-    # The first step shows in the loss of the second.
-    first = one_step(config, engine, 0, micro_batches=[batch])
-    second = one_step(config, engine, 1, micro_batches=[batch])
-    return second.loss, first.grad_norm
-
-
 ONE_PASS = {"training": {"micro_batch_size": 16}}
+BIASES = {"balanced": [0.0, 0.0, 0.0, 0.0], "first rank idle": [0.0, 0.0, 9.0, 9.0]}
+
+
+def uneven_steps(configs: list[RunConfig]) -> list[dict[str, tuple[float, float]]]:
+    """Do two steps with 13 windows on the first rank and 3 on the second.
+
+    Returns:
+        For each config and load bias: the loss of the second step, in which the first one shows,
+        and the norm of the first gradient.
+    """
+    found = []
+    for config in configs:
+        found.append({})
+        for name, bias_E in BIASES.items():
+            engine = start_engine(config)
+            for router in engine.model.routers():
+                router.balance.bias_E.copy_(torch.tensor(bias_E))
+            (batch,) = step_batches(small_config(Path(config.corpus), ONE_PASS), Ranks(), 0)
+            if engine.ranks.size == 2:
+                batch = part(batch, slice(13) if engine.ranks.is_first else slice(13, None))
+            first, second = (one_step(config, engine, i, micro_batches=[batch]) for i in range(2))
+            found[-1][name] = second.loss, first.grad_norm
+    return found
 
 
 def part(batch: WindowBatch, windows: slice) -> WindowBatch:
     return WindowBatch(**{name: tensor[windows] for name, tensor in vars(batch).items()})
 
 
-@pytest.mark.parametrize("bias_E", [None, [0, 0, 9, 9]], ids=["balanced", "rank 0 idle"])
-def test_ranks_with_unequal_batches_weigh_by_points(corpus, bias_E) -> None:
-    (alone,) = run_on_ranks(
-        uneven_step, small_config(corpus, ONE_PASS), bias_E, num_ranks=1
-    )
-    for engine in (SPREAD, {}):
-        for found in run_on_ranks(uneven_step, small_config(corpus, engine), bias_E):
-            assert found == pytest.approx(alone, rel=1e-5)
+def test_ranks_with_unequal_batches_weigh_by_points(corpus) -> None:
+    ((alone,),) = run_on_ranks(uneven_steps, [small_config(corpus, ONE_PASS)], num_ranks=1)
+    configs = [small_config(corpus, engine) for engine in (SPREAD, WHOLE, {})]
+    for of_rank in run_on_ranks(uneven_steps, configs):
+        for of_engine in of_rank:
+            for name, numbers in of_engine.items():
+                assert numbers == pytest.approx(alone[name], rel=1e-5), name
+
+
+def steps_over_a_bad_gradient(configs: list[RunConfig]) -> list[tuple[str, bool]]:
+    """Put an infinity into the gradient of one rank; return errors and whether weights stayed."""
+    return [step_over_a_bad_gradient(config) for config in configs]
 
 
 def step_over_a_bad_gradient(config: RunConfig) -> tuple[str, bool]:
-    """Put an infinity into the gradient of one rank; return the error and whether weights moved."""
-    ranks, engine = start_engine(config)
+    engine = start_engine(config)
     one_step(config, engine, 0)
     state = {name: value.clone() for name, value in engine.model.state_dict().items()}
-    if not ranks.is_first:
+    if not engine.ranks.is_first:
         weight = engine.model.embed.values.weight
         weight.register_hook(lambda gradient: gradient * float("inf"))
     try:
@@ -224,11 +235,13 @@ def step_over_a_bad_gradient(config: RunConfig) -> tuple[str, bool]:
     return error, is_same
 
 
-@pytest.mark.parametrize("engine", [SPREAD, merge_layers(SPREAD, BF16), {}], ids=str)
-def test_gradient_that_is_not_finite_stops_before_the_update(corpus, engine) -> None:
-    for error, is_same in run_on_ranks(step_over_a_bad_gradient, small_config(corpus, engine)):
-        assert "step 1: the gradient is not finite; nothing was updated" in error
-        assert is_same
+def test_gradient_that_is_not_finite_stops_before_the_update(corpus) -> None:
+    engines = (SPREAD, merge_layers(SPREAD, BF16), {})
+    configs = [small_config(corpus, engine) for engine in engines]
+    for of_rank in run_on_ranks(steps_over_a_bad_gradient, configs):
+        for error, is_same in of_rank:
+            assert "step 1: the gradient is not finite; nothing was updated" in error
+            assert is_same
 
 
 # Names.

@@ -24,12 +24,12 @@ from tsmoe.heads.point import PointHead
 from tsmoe.inference import Forecaster
 from tsmoe.train import loop
 
-STEPS, EVERY = 120, 20
+STEPS, EVERY, VALIDATE = 60, 10, 20
 TIMEOUT = 120
 LONG = {
     # Dropout, so that the random numbers of a step must be the same after a restart.
     "model": {"dropout": 0.1},
-    "training": {"steps": STEPS, "validate_every_steps": 30},
+    "training": {"steps": STEPS, "validate_every_steps": VALIDATE},
     "checkpoint": {"every_steps": EVERY},
 }
 
@@ -117,16 +117,16 @@ def test_run_leaves_config_metrics_tensorboard_checkpoints_and_a_marker(undistur
     lines = recorded(undisturbed)
     assert [line["step"] for line in lines if "loss/train" in line] == list(range(STEPS))
     validation = [line["loss/validation"] for line in lines if "loss/validation" in line]
-    assert len(validation) == STEPS // 30
+    assert len(validation) == STEPS // VALIDATE
     assert validation[-1] < validation[0]
 
 
 @pytest.mark.launch
-def test_finished_run_says_that_it_is_done(config_file, undisturbed) -> None:
+def test_finished_run_says_that_it_is_done(config_file, undisturbed, caplog) -> None:
     before = recorded(undisturbed)
-    ended = run_to_the_end(command(config_file, undisturbed))
-    assert ended.returncode == 0
-    assert f"is done: step {STEPS} of {STEPS}" in ended.stderr
+    with caplog.at_level("INFO"):
+        assert main(["pretrain", str(config_file), f"run={undisturbed}"]) == 0
+    assert f"is done: step {STEPS} of {STEPS}" in caplog.text
     assert recorded(undisturbed) == before
     assert (undisturbed / "DONE").exists()
 
@@ -163,29 +163,29 @@ def test_stopped_run_saves_and_goes_on(config_file, undisturbed, tmp_path) -> No
 
 @pytest.mark.launch
 def test_deepspeed_launcher_trains_on_two_ranks_and_export_makes_a_package(
-    config_file, undisturbed, tmp_path
+    config_file, tmp_path
 ) -> None:
-    run, package = tmp_path / "spread", tmp_path / "package"
+    run, package, steps = tmp_path / "spread", tmp_path / "package", 10
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    engine = ["engine.type=deepspeed", "engine.expert_parallel_size=2", "model.dropout=0"]
-    arguments = command(config_file, run, *engine, "training.steps=40", "balance.rate=0.001")
+    arguments = command(
+        config_file, run, "engine.type=deepspeed", "engine.expert_parallel_size=2",
+        f"training.steps={steps}",
+    )[2:]  # fmt: skip
     launcher = Path(sys.executable).with_name("deepspeed")
-    ended = run_to_the_end(
-        [str(launcher), "--num_accelerators", "2", "--master_port", str(port), "--module"]
-        + arguments[2:]
-    )
+    options = ["--num_accelerators", "2", "--master_port", str(port), "--module"]
+    ended = run_to_the_end([str(launcher), *options, *arguments])
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert (run / "DONE").read_text() == "40\n"
-    files = {path.name for path in (run / "checkpoints" / "step_00000040").iterdir()}
+    assert (run / "DONE").read_text() == f"{steps}\n"
+    files = {path.name for path in (run / "checkpoints" / f"step_{steps:08}").iterdir()}
     assert files == {
         "dense.safetensors", "experts-00000.safetensors", "experts-00001.safetensors", "meta.json"
     }  # fmt: skip
     assert main(["export", str(run), str(package)]) == 0
     forecaster = Forecaster.load(package)
-    assert forecaster.card["step"] == 40
-    assert forecaster.card["windows_seen"] == 40 * 16
+    assert forecaster.card["step"] == steps
+    assert forecaster.card["windows_seen"] == steps * 16
     assert forecaster.card["metrics"].keys() == {"loss/train", "loss/validation"}
     wave = np.sin(2 * np.pi * np.arange(64, dtype=np.float32) / 12)
     forecast = forecaster.forecast(100 + 5 * wave[None], 40).mean_BCQ
@@ -238,7 +238,9 @@ def test_experts_that_cannot_be_spread_evenly_name_both_numbers(
         "engine.expert_parallel_size=3", "training.global_batch_size=24",
     )  # fmt: skip
     assert code == 2
-    assert "engine.expert_parallel_size (3) must divide model.feed_forward.num_experts (4)" in message
+    assert (
+        "engine.expert_parallel_size (3) must divide model.feed_forward.num_experts (4)" in message
+    )
 
 
 def test_unknown_preset_lists_the_known_ones(tmp_path, capsys) -> None:
@@ -358,17 +360,13 @@ def test_loss_that_is_not_finite_names_step_and_series_and_updates_nothing(
     assert [line["step"] for line in recorded(begun) if "loss/train" in line] == list(range(5))
 
 
-def test_huge_finite_values_train_or_stop_with_their_series(tmp_path, capsys) -> None:
+def test_huge_values_do_not_spoil_the_numbers(tmp_path, capsys) -> None:
     """1e38 is a float32, but its square is not."""
     corpus = build_small_corpus(tmp_path / "huge", spike=1e38)
     config_file = write_config(tmp_path / "huge.yaml", corpus)
-    code, message = told(
-        capsys, str(config_file), f"run={tmp_path / 'run'}", "training.steps=6"
-    )
-    if code == 0:
-        losses = [line["loss/train"] for line in recorded(tmp_path / "run") if "loss/train" in line]
-        assert np.isfinite(losses).all()
-    else:
-        assert code == 1
-        assert "is not finite" in message
-        assert "waves_0" in message
+    run = tmp_path / "run"
+    code, message = told(capsys, str(config_file), f"run={run}", "training.steps=6")
+    assert code == 0, message
+    for line in recorded(run):
+        numbers = [value for value in line.values() if isinstance(value, float)]
+        assert np.isfinite(numbers).all(), line

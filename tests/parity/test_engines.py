@@ -19,9 +19,9 @@ from small_run import (
 from tsmoe.config import merge_layers
 from tsmoe.train.run_config import RunConfig
 
-# Engines add the same float32 numbers in another order. Losses lie between 3 and 8, where float32
-# resolves 5e-7; the largest difference seen in 8 steps is 4e-7, and one expert gradient counted
-# twice moves the second loss by more than 1e-3.
+# Engines add the same float32 numbers in another order. Losses lie between 1 and 3, where float32
+# resolves 2e-7; the largest difference seen in 8 steps is 2e-7, and of gradient norms 1e-7 of them.
+# The rest is left for other processors' matrix products.
 LOSS_TOLERANCE = 1e-5
 STEPS = 8
 
@@ -65,7 +65,7 @@ TWO_RANKS = {
         deepspeed(2, 2), passes(4, recomputes=True)
     ),
 }
-# Norms up to 5 are far below it: gradients pass as they are.
+# Norms of 1 to 3 are far below it: gradients pass as they are.
 UNCLIPPED = {"optimizer": {"clip_grad_norm": 1000.0}}
 ONE_PROCESS["plain, unclipped"] = merge_layers(passes(16), UNCLIPPED)
 TWO_RANKS["spread experts, unclipped"] = merge_layers(deepspeed(2, 1), passes(8), UNCLIPPED)
@@ -129,10 +129,12 @@ def test_snapshots_hold_the_same_masters_and_moments(runs, num_ranks, name) -> N
         assert tensor.dtype == torch.float32
         if key.startswith("value/"):
             # lr is 2e-3: where a gradient is nearly zero Adam makes a step of its rounding.
-            tolerances = {"rtol": 1e-4, "atol": 1e-5}
+            tolerances = {"rtol": 0, "atol": 2e-5}
         else:
-            tolerances = {"rtol": 1e-3, "atol": 1e-5 * float(expected[key].abs().max())}
-        torch.testing.assert_close(tensor, expected[key], **tolerances, msg=lambda m, k=key: f"{k}: {m}")
+            tolerances = {"rtol": 0, "atol": 1e-5 * float(expected[key].abs().max())}
+        torch.testing.assert_close(
+            tensor, expected[key], **tolerances, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), ALL)

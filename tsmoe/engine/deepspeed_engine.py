@@ -103,6 +103,7 @@ class DeepSpeedEngine:
             lr=optimizer_config.lr,
             betas=optimizer_config.betas,
             eps=optimizer_config.eps,
+            fused=True,
         )
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model,
@@ -145,7 +146,7 @@ class DeepSpeedEngine:
         for partition in self._zero.single_partition_of_fp32_groups:
             # Adam's state comes into being with the first step; it must exist to be set.
             self._zero.optimizer.state[partition] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=partition.device),
                 **{moment: torch.zeros_like(partition) for moment in _MOMENTS},
             }
         self._link_moments()

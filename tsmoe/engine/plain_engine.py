@@ -78,6 +78,7 @@ class PlainEngine:
             lr=optimizer_config.lr,
             betas=optimizer_config.betas,
             eps=optimizer_config.eps,
+            fused=True,
         )
         self._wrapped, self._prepared_optimizer = self._accelerator.prepare(model, optimizer)
         self._optimizer = optimizer
@@ -118,7 +119,7 @@ class PlainEngine:
             parameter.data.copy_(state.value)
             if parameter.requires_grad:
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
+                    "step": torch.tensor(float(step), device=parameter.device),
                     "exp_avg": state.exp_avg.to(parameter.device),
                     "exp_avg_sq": state.exp_avg_sq.to(parameter.device),
                 }

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tsmoe.nn.feed_forward import gated_silu
 from tsmoe.ranks import Ranks
 
 ExpertCompute = Literal["auto", "grouped", "loop"]
@@ -80,8 +81,8 @@ class Experts(nn.Module):
         down_weight = self.down_weight.to(rows_RD.dtype)
         if self._uses_grouped_matmul(rows_RD):
             offsets = torch.tensor(counts, device=rows_RD.device).cumsum(0).to(torch.int32)
-            gate, up = F.grouped_mm(rows_RD, gate_up_weight, offs=offsets).chunk(2, dim=-1)
-            return F.grouped_mm(F.silu(gate) * up, down_weight, offs=offsets)
+            gate_up = F.grouped_mm(rows_RD, gate_up_weight, offs=offsets)
+            return F.grouped_mm(gated_silu(gate_up), down_weight, offs=offsets)
         # unbind, not indexing: its backward stacks once, indexing adds one full tensor an expert.
         pieces = zip(
             rows_RD.split(counts), gate_up_weight.unbind(), down_weight.unbind(), strict=True
@@ -103,8 +104,7 @@ class Experts(nn.Module):
 
 
 def _expert(rows_RD: Tensor, gate_up_DF: Tensor, down_FD: Tensor) -> Tensor:
-    gate, up = (rows_RD @ gate_up_DF).chunk(2, dim=-1)
-    return (F.silu(gate) * up) @ down_FD
+    return gated_silu(rows_RD @ gate_up_DF) @ down_FD
 
 
 def _expert_seed(*parts: int | str) -> int:

@@ -43,9 +43,7 @@ def written(tmp_path):
     for name, tensors in files.items():
         save_file(tensors, tmp_path / name)
     records = tuple(FileRecord(name=name, size_bytes=0, sha256="") for name in files)
-    meta = CheckpointMeta(
-        step=1, windows_seen=1, config={}, corpus_fingerprint="", files=records
-    )
+    meta = CheckpointMeta(step=1, windows_seen=1, config={}, corpus_fingerprint="", files=records)
     with StateReader(tmp_path, meta) as reader:
         yield reader, model
 
@@ -107,7 +105,7 @@ def test_names_of_another_model_are_listed(written) -> None:
 def test_other_shape_names_both(written) -> None:
     reader, _ = written
     with pytest.raises(CheckpointError, match=r"has shape \(8, 4\).*wants \(16, 4\)"):
-        restore(model_of(d_model=16), reader, lambda parameter, state: None)
+        restore(model_of(d_model=16), reader, lambda *_: None)
 
 
 def test_file_that_is_no_safetensors_is_named(tmp_path) -> None:
