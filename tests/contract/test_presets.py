@@ -29,11 +29,12 @@ def test_preset_says_where_the_run_goes_and_what_it_trains_on(name) -> None:
     assert values["corpus"]
 
 
-def test_preset_trains_on_some_number_of_ranks(name) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_preset_trains_on_one_rank_and_on_two(name, ranks: int) -> None:
     config = resolve(name, [])
-    ranks = getattr(config.engine, "expert_parallel_size", 1)
     config.check_world_size(ranks)
     assert config.training.gradient_accumulation_steps(ranks) >= 1
+    assert config.expert_parallel_size(ranks) == ranks, "experts are spread where there are ranks"
 
 
 def test_preset_runs_without_deepspeed(name) -> None:

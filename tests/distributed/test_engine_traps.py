@@ -84,7 +84,8 @@ def wait_for_a_lost_rank(config: RunConfig, over: str) -> tuple[float, str]:
 def test_expert_groups_keep_the_timeout(corpus, tmp_path) -> None:
     """Without the cure groups that DeepSpeed makes wait for 30 minutes."""
     config = small_config(corpus, SPREAD, {"training": {"timeout_seconds": 3}})
-    waited, error = run_on_ranks(wait_for_a_lost_rank, config, str(tmp_path / "over"))[0]
+    over = str(tmp_path / "over")
+    waited, error = run_on_ranks(wait_for_a_lost_rank, config, over, time_limit=30)[0]
     assert "imed out" in error
     assert 2 < waited < 10
 

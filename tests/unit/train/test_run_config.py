@@ -79,6 +79,23 @@ def test_expert_parallel_size_must_divide_ranks_and_experts() -> None:
     assert "model.feed_forward.num_experts (5)" in message
 
 
+@pytest.mark.parametrize(
+    ("num_experts", "ranks", "expected"), [(8, 1, 1), (8, 2, 2), (8, 12, 4), (8, 16, 8), (5, 2, 1)]
+)
+def test_experts_are_spread_over_as_many_ranks_as_fit(
+    num_experts: int, ranks: int, expected: int
+) -> None:
+    model = {"feed_forward": {"type": "moe", "num_experts": num_experts}}
+    config = config_of(engine={"type": "deepspeed"}, model=model)
+    assert config.expert_parallel_size(ranks) == expected
+
+
+def test_experts_stay_together_without_deepspeed_and_without_experts() -> None:
+    assert config_of(engine={"type": "plain"}).expert_parallel_size(4) == 1
+    dense = {"feed_forward": {"type": "dense"}}
+    assert config_of(engine={"type": "deepspeed"}, model=dense).expert_parallel_size(4) == 1
+
+
 def test_dense_model_has_no_experts_to_spread() -> None:
     dense = {"feed_forward": {"type": "dense"}}
     message = refusal(2, engine={"type": "deepspeed", "expert_parallel_size": 2}, model=dense)
