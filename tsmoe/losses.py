@@ -71,10 +71,12 @@ def next_patch_loss(
     statistics = output.statistics
     normalised_BCNP = (target_BCNP - statistics.loc_BCN1) / statistics.scale_BCN1
     normalised_BCNP = normalised_BCNP.clamp(-target_clip, target_clip)
+    is_measurable_BCNP = is_target_BCNP & ~statistics.is_degenerate_BCN[..., None]
+    # Before the error, not only after it: 0 * NaN in the backward pass would still be NaN.
+    normalised_BCNP = torch.where(is_measurable_BCNP, normalised_BCNP, 0)
     errors_BCNP = head.point_errors(output.prediction_BCNPK, normalised_BCNP)
     if error_unit == "window":
         relative_BCN1 = statistics.scale_BCN1 / statistics.scale_BCN1[:, :, -1:]
         errors_BCNP = errors_BCNP * relative_BCN1**head.error_power
-    is_measurable_BCNP = is_target_BCNP & ~statistics.is_degenerate_BCN[..., None]
     errors_BCNP = torch.where(is_measurable_BCNP, errors_BCNP, 0)
     return LossTerms(error_B=errors_BCNP.sum((1, 2, 3)), count_B=is_target_BCNP.sum((1, 2, 3)))

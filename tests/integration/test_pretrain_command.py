@@ -302,6 +302,17 @@ def test_full_disk_at_the_end_is_an_error_and_keeps_the_run(
     assert (begun / "DONE").read_text() == "4\n"
 
 
+def test_resume_replaces_the_recorded_steps_at_once(config_file, begun) -> None:
+    """A kill while the file is cut back must not lose what was recorded."""
+    with (begun / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 2, "loss/tr')  # what a kill leaves
+    before = (begun / "metrics.jsonl").read_text()
+    os.link(begun / "metrics.jsonl", begun / "as_it_was")
+    assert main(["pretrain", str(config_file), f"run={begun}", "training.steps=3"]) == 0
+    assert (begun / "as_it_was").read_text() == before
+    assert [line["step"] for line in recorded(begun) if "loss/train" in line] == [0, 1, 2]
+
+
 def test_signals_are_held_until_the_last_checkpoint_is_whole(
     config_file, tmp_path, monkeypatch
 ) -> None:

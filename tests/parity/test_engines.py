@@ -20,7 +20,7 @@ from tsmoe.config import merge_layers
 from tsmoe.train.run_config import RunConfig
 
 # Engines add the same float32 numbers in another order. Losses lie between 1 and 3, where float32
-# resolves 2e-7; the largest difference seen in 8 steps is 2e-7, and of gradient norms 1e-7 of them.
+# resolves 2e-7; the largest difference seen in 8 steps is 1e-7, and of gradient norms 2e-7 of them.
 # The rest is left for other processors' matrix products.
 LOSS_TOLERANCE = 1e-5
 STEPS = 8

@@ -53,10 +53,13 @@ def save_package(folder: Path, model: TimeTracker, card: dict[str, Any]) -> None
         for path in temporary.iterdir():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
+        former = folder.with_name(f"{INCOMPLETE_PREFIX}former-{folder.name}")
+        shutil.rmtree(former, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(former)
         temporary.rename(folder)
         sync_folder(folder.parent)
+        shutil.rmtree(former, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{folder}: the package could not be written: {error}") from error

@@ -113,6 +113,8 @@ class ValidationBatches(Dataset[WindowBatch]):
     def __init__(
         self, corpus: Corpus, index: WindowIndex, *, max_windows: int, batch_size: int, ranks: Ranks
     ) -> None:
+        if not index.is_validation:
+            raise ValueError("validation batches want the windows of the validation split")
         self.corpus, self.index, self.batch_size = corpus, index, batch_size
         total = index.num_windows
         count = min(total, max_windows)

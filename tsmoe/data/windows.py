@@ -114,11 +114,16 @@ def _index(
 ) -> WindowIndex:
     by_source = np.argsort(corpus.source_ids, kind="stable")
     usable = by_source[counts[by_source] > 0]
-    if not usable.size:
-        split = "validation" if is_validation else "training"
+    if not usable.size and is_validation:
         raise DataError(
-            f"{corpus.path}: no series is long enough for a {split} window (the longest has "
-            f"{int(corpus.lengths.max())} points); shorten model.patch_length or add longer series"
+            f"{corpus.path}: no series has a point to validate on; build the corpus with a "
+            "train_fraction below 1, or from longer series"
+        )
+    if not usable.size:
+        raise DataError(
+            f"{corpus.path}: no series is long enough for a training window (the longest has "
+            f"{int(corpus.train_lengths.max())} points before the split); shorten "
+            "model.patch_length or add longer series"
         )
     num_sources = len(corpus.sources)
     source_of = corpus.source_ids[usable]

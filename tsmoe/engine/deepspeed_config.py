@@ -81,6 +81,8 @@ def deepspeed_json(
     if config.config_file is not None:
         values = _read_user_json(Path(config.config_file))
     zero = values.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"{config.config_file}: zero_optimization is {zero!r}, not an object")
     if zero.get("stage", config.zero_stage) != config.zero_stage:
         raise ConfigError(
             f"{config.config_file}: zero_optimization.stage is {zero['stage']} and "

@@ -134,8 +134,9 @@ class _Combine(Function):
         answered_MND, weights_UK, order_M, position_UK = ctx.saved_tensors
         top_k = position_UK.shape[1]
         gradient_MND = gradient_UND.index_select(0, order_M // top_k)
-        # The contribution's gradient in float32: a bf16 sum over the width would lose digits.
-        score_M = (gradient_MND * answered_MND).sum((1, 2), dtype=torch.float32)
+        # The contribution's gradient in float32 at least: a bf16 sum over the width loses digits.
+        exact = torch.promote_types(torch.float32, answered_MND.dtype)
+        score_M = (gradient_MND * answered_MND).sum((1, 2), dtype=exact)
         weight_gradient_UK = score_M[position_UK].to(weights_UK.dtype)
         weights_M = weights_UK.flatten()[order_M].to(gradient_MND.dtype)
         return gradient_MND * weights_M[:, None, None], weight_gradient_UK, None, None

@@ -45,6 +45,11 @@ class Experts(nn.Module):
         # Not super(): an engine's subclass has a second base whose own __init__ must not run.
         nn.Module.__init__(self)
         self.ranks = ranks or Ranks()
+        if num_experts % self.ranks.size:
+            raise ValueError(
+                f"num_experts ({num_experts}) must be a multiple of the ranks that share them "
+                f"({self.ranks.size})"
+            )
         self.num_experts = num_experts
         self.num_local_experts = num_experts // self.ranks.size
         self.compute = compute

@@ -16,7 +16,7 @@ from tsmoe.config import Section
 
 # Relative to the level of the series: float32 resolves about 1e-7 of it, so a spread below this
 # is rounding, not signal.
-_RELATIVE_FLOOR = 1e-5
+_RELATIVE_FLOOR = 1e-6
 # Keeps an all-zero window from dividing by zero; far below any unit in use.
 _ABSOLUTE_FLOOR = 1e-15
 

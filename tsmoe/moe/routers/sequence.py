@@ -41,7 +41,8 @@ class SequenceRouter(nn.Module):
     The bias decides who is chosen and never how much they contribute.
 
     Source: Time Tracker (arXiv 2505.15151), Algorithm 1; balance as in loss-free balancing (arXiv
-    2408.15664). Ours: sigmoid affinity, weights renormalised over the chosen.
+    2408.15664). Ours: sigmoid affinity, weights renormalised over the
+    chosen, or the affinity itself where one is chosen.
     """
 
     def __init__(self, config: SequenceRouterConfig, d_model: int, num_experts: int) -> None:
@@ -69,7 +70,10 @@ class SequenceRouter(nn.Module):
         biased_BCNE = scores_BCNE.detach() + self.balance.bias_E
         expert_ids_BCNK = biased_BCNE.topk(self.top_k, dim=-1).indices
         chosen_BCNK = scores_BCNE.gather(-1, expert_ids_BCNK)
-        weights_BCNK = chosen_BCNK / chosen_BCNK.sum(-1, keepdim=True)
+        weights_BCNK = chosen_BCNK
+        if self.top_k > 1:
+            # A single weight renormalised would be 1 whatever the score: no gradient to the router.
+            weights_BCNK = chosen_BCNK / chosen_BCNK.sum(-1, keepdim=True)
         load_E = torch.bincount(expert_ids_BCNK.flatten(), minlength=len(self.clusters_ED))
         routing = Routing(
             expert_ids_BCNK=expert_ids_BCNK.expand(-1, -1, patches, -1),
