@@ -97,6 +97,10 @@ def start(*, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, device: str = "au
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Ranks(device=torch_device)
+    if torch_device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Otherwise each rank of this machine takes all cores, and they get in one another's way.
+        neighbours = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(neighbours)))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(

@@ -69,7 +69,7 @@ def take_snapshot(
                     routed[f"{kind}/{name}/{expert_id}"] = _to_host(tensor[local_id])
     if ranks.is_first:
         for name in persistent_buffers(model):
-            dense[f"buffer/{name}"] = _to_host(model.get_buffer(name))
+            dense[f"buffer/{name}"] = model.get_buffer(name).detach().to("cpu", copy=True)
     snapshot: Snapshot = {DENSE_FILE: dense} if dense else {}
     if routed:
         snapshot[experts_file(ranks.rank)] = routed

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tsmoe.checkpoint.elastic import Snapshot
@@ -102,8 +101,9 @@ class CheckpointSaver:
         pending, self._pending = self._pending, None
         try:
             outcome: list[FileRecord] | str = pending.written.result()
-        except (OSError, SafetensorError) as error:
-            outcome = f"rank {self.ranks.rank}: {error}"
+        except Exception as error:
+            # Whatever it is: a rank that left here would keep the others waiting below.
+            outcome = f"rank {self.ranks.rank}: {type(error).__name__}: {error}"
         outcomes = self.ranks.gather(outcome)
         failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
         if self.ranks.is_first and not failures:
@@ -147,9 +147,13 @@ class CheckpointSaver:
             shutil.rmtree(final)
         pending.folder.rename(final)
         sync_folder(self.folder)
-        write_text(self.folder / LATEST_FILE, final.name)
-        self._prune(final)
         logger.info("saved %s", final)
+        try:
+            write_text(self.folder / LATEST_FILE, final.name)
+            self._prune(final)
+        except OSError as error:
+            # The checkpoint is in its place, and a resume finds it without `latest` too.
+            logger.warning("%s: could not tidy up after saving: %s", self.folder, error)
 
     def _prune(self, newest: Path) -> None:
         # Later steps are damaged ones that a resume passed over; the run will write over them.

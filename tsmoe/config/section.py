@@ -88,7 +88,9 @@ def _describe(problem: Any, section: type) -> str:
                 else str(problem["ctx"]["error"])
             )
         case _:
-            return f"{path} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            return (
+                f"{path} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            )
 
 
 def _known_keys(section: type, path: tuple[Any, ...]) -> list[str]:

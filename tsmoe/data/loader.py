@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipeline.shards.reader import Corpus
 from tsmoe.batch import WindowBatch
 from tsmoe.config import Section
-from tsmoe.data.order import make_order, order_key
+from tsmoe.data.mixup import mix_windows
+from tsmoe.data.order import make_order, order_key, uniform
 from tsmoe.data.windows import WindowIndex
 from tsmoe.ranks import Ranks
 
@@ -34,6 +35,8 @@ class DataConfig(Section):
     source_temperature: float = 0.5
     """A source's share of the windows is its points to this power: 1 keeps proportions, 0 makes
     all sources equal."""
+    mixup_share: float = 0.0
+    """Share of the windows that are mixed with a window of another place in the order."""
     num_workers: int = 0
     """Processes that cut batches ahead of time; 0 cuts them in the training process."""
     max_validation_windows: int = 512
@@ -46,9 +49,10 @@ class DataConfig(Section):
                 f"({self.max_validation_windows}) must be at least 1, num_workers "
                 f"({self.num_workers}) at least 0"
             )
-        if not 0 <= self.source_temperature <= 1:
+        if not (0 <= self.source_temperature <= 1 and 0 <= self.mixup_share <= 1):
             raise ValueError(
-                f"source_temperature ({self.source_temperature}) must lie between 0 and 1"
+                f"source_temperature ({self.source_temperature}) and mixup_share "
+                f"({self.mixup_share}) must lie between 0 and 1"
             )
 
 
@@ -85,6 +89,7 @@ class TrainingBatches(Dataset[WindowBatch]):
         *,
         seed: int,
         temperature: float,
+        mixup_share: float = 0.0,
         micro_batch_size: int,
         ranks: Ranks,
         first_window: int = 0,
@@ -94,13 +99,27 @@ class TrainingBatches(Dataset[WindowBatch]):
         self.first_window = first_window
         self.micro_batch_size = micro_batch_size
         self.rank, self.world_size = ranks.rank, ranks.size
-        key = order_key(corpus.fingerprint, seed)
-        self.order = make_order(index.counts, index.points, temperature=temperature, key=key)
+        self.mixup_share = mixup_share
+        self.order, self.partner_order = (
+            make_order(index.counts, index.points, temperature=temperature, key=key)
+            for key in (
+                order_key(corpus.fingerprint, seed),
+                order_key(f"partners of {corpus.fingerprint}", seed),
+            )
+        )
 
     def __getitem__(self, item: int) -> WindowBatch:
         first = self.first_window + (item * self.world_size + self.rank) * self.micro_batch_size
         positions = first + np.arange(self.micro_batch_size, dtype=np.int64)
-        return cut_batch(self.corpus, self.index, *self.order.draw(positions))
+        batch = cut_batch(self.corpus, self.index, *self.order.draw(positions))
+        if self.mixup_share == 0:
+            return batch
+        partners = cut_batch(self.corpus, self.index, *self.partner_order.draw(positions))
+        # Up to half of a window is its partner, either way up; which windows, and how much, is a
+        # function of the position, as all else.
+        chance, amount = uniform(positions, self.partner_order.key)
+        shares = np.where(chance < self.mixup_share, amount - 0.5, 0)
+        return mix_windows(batch, partners, torch.from_numpy(shares.astype(np.float32)))
 
 
 class ValidationBatches(Dataset[WindowBatch]):

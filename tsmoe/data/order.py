@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 # Windows dealt as one deck: within it each source has its exact share. Large enough that a source
 # with 1/65,536 of the weight is still dealt, small enough that shares hold over few steps.
@@ -108,6 +109,13 @@ def make_order(
         quotas[largest] -= 1
         missing += len(largest)
     return WindowOrder(counts=counts, quotas=quotas, key=key)
+
+
+def uniform(positions: Integers, key: np.uint64) -> tuple[Floats, Floats]:
+    """Return two independent numbers between 0 and 1 for each position."""
+    bits = _mix(_mix(positions.astype(np.uint64)) + key)
+    low = np.uint64(0xFFFFFFFF)
+    return (bits >> np.uint64(32)) / 2**32, (bits & low) / 2**32
 
 
 def permute(values: Integers, sizes: Integers, keys: NDArray[np.uint64]) -> Integers:

@@ -118,8 +118,8 @@ class DeepSpeedEngine:
             ),
         )
 
-    def forward(self, batch: WindowBatch) -> ModelOutput:
-        """Run the model on the context of the batch's windows."""
+    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:  # noqa: ARG002
+        """Run the model on the context of the batch's windows; DeepSpeed counts by itself."""
         length = self.model.config.context_length
         return self._engine(batch.values_BCL[..., :length], batch.observed_BCL[..., :length])
 

@@ -83,18 +83,18 @@ class PlainEngine:
         self._wrapped, self._prepared_optimizer = self._accelerator.prepare(model, optimizer)
         self._optimizer = optimizer
 
-    def forward(self, batch: WindowBatch) -> ModelOutput:
-        """Run the model on the context of the batch's windows."""
+    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:
+        """Run the model on the context of the batch's windows.
+
+        It is in the forward pass that torch's DDP decides whether the backward pass will exchange.
+        """
         length = self.model.config.context_length
-        # In its forward pass torch's DDP decides whether the backward pass will exchange gradients;
-        # the decision belongs to `backward`.
-        with self._accelerator.no_sync(self._wrapped):
+        with nullcontext() if last_micro_batch else self._accelerator.no_sync(self._wrapped):
             return self._wrapped(batch.values_BCL[..., :length], batch.observed_BCL[..., :length])
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         """Add gradients; ranks exchange them with the last micro-batch only."""
-        exchange = self._accelerator.trigger_sync_in_backward(self._wrapped)
-        with exchange if last_micro_batch else nullcontext():
+        with nullcontext() if last_micro_batch else self._accelerator.no_sync(self._wrapped):
             self._accelerator.backward(loss)
 
     def update(self, *, lr: float) -> UpdateReport:

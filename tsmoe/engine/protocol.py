@@ -34,8 +34,8 @@ class Engine(Protocol):
     """The bare model, whose parameter names are the same in every engine."""
     ranks: Ranks
 
-    def forward(self, batch: WindowBatch) -> ModelOutput:
-        """Run the model on the context of the batch's windows."""
+    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:
+        """Run the model on the context of the batch's windows; `backward` must follow."""
         ...
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:

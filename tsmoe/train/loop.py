@@ -10,6 +10,8 @@ import hashlib
 import itertools
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -29,15 +31,14 @@ from tsmoe.data.loader import TrainingBatches, ValidationBatches, load_training
 from tsmoe.data.windows import training_windows, validation_windows
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
-from tsmoe.errors import CheckpointError
+from tsmoe.errors import CheckpointError, TrainingError
 from tsmoe.ranks import Ranks
-from tsmoe.train.metrics import MetricsWriter, load_biases
-from tsmoe.train.progress import TrainingProgress
+from tsmoe.train.record import RunRecord
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.schedule import balance_rate, learning_rate
 from tsmoe.train.signals import StopRequest
 from tsmoe.train.stages import prepare_pretraining
-from tsmoe.train.step import training_step, validation_loss
+from tsmoe.train.step import StepReport, training_step, validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def pretrain(config: RunConfig) -> Outcome:
 def _train(
     config: RunConfig, engine: Engine, data: _Data, first_step: int, first_window: int
 ) -> Outcome:
-    """Go through the remaining steps."""
+    """Go through the remaining steps; save at intervals and at the end."""
     run, ranks, training = Path(config.run), engine.ranks, config.training
     passes = training.gradient_accumulation_steps(ranks.size)
     batches = load_training(
@@ -116,77 +117,92 @@ def _train(
         device=ranks.device,
     )
     saver = CheckpointSaver(run / "checkpoints", config.checkpoint, ranks)
-    writer = None
-    if ranks.is_first:
-        writer = MetricsWriter(run, first_step=first_step, log_every_steps=training.log_every_steps)
-    progress = TrainingProgress(
-        steps=training.steps,
+    record = RunRecord(
+        run,
         first_step=first_step,
+        steps=training.steps,
         log_every_steps=training.log_every_steps,
-        is_shown=ranks.is_first,
+        ranks=ranks,
     )
-    outcome = Outcome.DONE
-    with StopRequest() as stop, progress:
-        for step in range(first_step, training.steps):
-            begun = time.monotonic()
-            micro_batches = [b.to(ranks.device) for b in itertools.islice(batches, passes)]
-            waited = time.monotonic() - begun
-            seed_step(config.seed, step, ranks.rank)
-            report = training_step(
-                engine,
-                micro_batches,
-                step=step,
-                lr=learning_rate(
-                    step, steps=training.steps, peak=config.optimizer.lr, config=config.schedule
-                ),
-                balance_rate=balance_rate(step, steps=training.steps, config=config.balance),
-                error_unit=training.error_unit,
-                target_clip=training.target_clip,
-                series_name=data.corpus.item_id,
-                flags=(stop.is_set, saver.is_writing),
-            )
-            num_stops, num_writing = report.flags
-            seconds = time.monotonic() - begun
-            points_per_second = report.num_target_points / seconds
-            done = step + 1
-            is_last = done == training.steps or num_stops > 0
-            if writer is not None:
-                writer.write_step(
+    # The last save lies within the reach of the signals' handler: launchers send more than one, and
+    # the checkpoint must be whole before any of them may end this process.
+    with StopRequest() as stop:
+        with record, _saving_what_was_begun(saver):
+            for step in range(first_step, training.steps):
+                begun = time.monotonic()
+                micro_batches = [b.to(ranks.device) for b in itertools.islice(batches, passes)]
+                waited = time.monotonic() - begun
+                flags = (stop.is_set, saver.is_writing)
+                report = _step(config, engine, data.corpus, micro_batches, step, flags)
+                record.stepped(
                     step,
                     report,
-                    bias_ME=load_biases(engine.model.routers()),
-                    points_per_second=points_per_second,
-                    data_wait_share=waited / seconds,
+                    engine.model.routers(),
+                    seconds=time.monotonic() - begun,
+                    seconds_waited=waited,
                 )
-            if saver.is_pending and not num_writing:
-                saver.finish()
-            if done % config.checkpoint.every_steps == 0 or is_last:
-                windows_seen = first_window + (done - first_step) * training.global_batch_size
-                saver.begin(_meta(config, data.corpus, done, windows_seen), engine.snapshot())
-            if done % training.validate_every_steps == 0 or done == training.steps:
-                loss = validation_loss(
-                    engine,
-                    data.validation,
-                    error_unit=training.error_unit,
-                    target_clip=training.target_clip,
-                )
-                progress.validated(loss)
-                if writer is not None:
-                    writer.write_validation(step, loss)
-            progress.advanced(done, loss=report.loss, points_per_second=points_per_second)
-            if is_last:
-                outcome = Outcome.DONE if done == training.steps else Outcome.STOPPED
-                break
-        # Within the reach of the signals' handler: launchers send more than one, and the last
-        # checkpoint must be whole before any of them may end this process.
-        if writer is not None:
-            writer.close()
+                is_stopping, is_any_rank_writing = (count > 0 for count in report.flags)
+                done = step + 1
+                is_last = is_stopping or done == training.steps
+                if saver.is_pending and not is_any_rank_writing:
+                    saver.finish()
+                if done % config.checkpoint.every_steps == 0 or is_last:
+                    windows_seen = first_window + (done - first_step) * training.global_batch_size
+                    saver.begin(_meta(config, data.corpus, done, windows_seen), engine.snapshot())
+                if done % training.validate_every_steps == 0 or done == training.steps:
+                    record.validated(step, _validate(config, engine, data.validation))
+                if is_last:
+                    break
         saver.close(must_succeed=True)
+        outcome = Outcome.DONE if done == training.steps else Outcome.STOPPED
         if ranks.is_first:
             marker = DONE_MARKER if outcome is Outcome.DONE else REQUEUE_MARKER
             write_text(run / marker, f"{done}\n")
             logger.info("%s: %s at step %d of %d", run, outcome.value, done, training.steps)
     return outcome
+
+
+def _step(
+    config: RunConfig,
+    engine: Engine,
+    corpus: Corpus,
+    micro_batches: list[WindowBatch],
+    step: int,
+    flags: tuple[bool, ...],
+) -> StepReport:
+    """Do one step with the rates and random numbers that belong to it."""
+    seed_step(config.seed, step, engine.ranks.rank)
+    steps = config.training.steps
+    return training_step(
+        engine,
+        micro_batches,
+        step=step,
+        lr=learning_rate(step, steps=steps, peak=config.optimizer.lr, config=config.schedule),
+        balance_rate=balance_rate(step, steps=steps, config=config.balance),
+        error_unit=config.training.error_unit,
+        target_clip=config.training.target_clip,
+        series_name=corpus.item_id,
+        flags=flags,
+    )
+
+
+def _validate(config: RunConfig, engine: Engine, batches: list[WindowBatch]) -> float:
+    return validation_loss(
+        engine,
+        batches,
+        error_unit=config.training.error_unit,
+        target_clip=config.training.target_clip,
+    )
+
+
+@contextmanager
+def _saving_what_was_begun(saver: CheckpointSaver) -> Iterator[None]:
+    """Commit a pending checkpoint before a training error ends the run, as all ranks meet it."""
+    try:
+        yield
+    except TrainingError:
+        saver.close(must_succeed=False)
+        raise
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -211,6 +227,7 @@ def _open_data(config: RunConfig, corpus: Corpus, ranks: Ranks, first_window: in
         index,
         seed=config.seed,
         temperature=config.data.source_temperature,
+        mixup_share=config.data.mixup_share,
         micro_batch_size=config.training.micro_batch_size,
         ranks=ranks,
         first_window=first_window,

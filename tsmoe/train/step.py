@@ -80,7 +80,8 @@ def training_step(
     load_ME = _no_load(engine.model, ranks.device)
     terms: list[LossTerms] = []
     for number, (batch, (target, is_target)) in enumerate(zip(micro_batches, targets, strict=True)):
-        output = engine.forward(batch)
+        is_last = number == len(micro_batches) - 1
+        output = engine.forward(batch, last_micro_batch=is_last)
         term = next_patch_loss(
             engine.model.head,
             output,
@@ -91,7 +92,7 @@ def training_step(
         )
         # Engines average over ranks; the sum over ranks is wanted.
         loss = term.error_B.sum() * (ranks.size / all_points)
-        engine.backward(loss, last_micro_batch=number == len(micro_batches) - 1)
+        engine.backward(loss, last_micro_batch=is_last)
         error_sum += term.error_B.detach().sum(dtype=torch.float64)
         for layer, routing in enumerate(output.routings):
             load_ME[layer] += routing.load_E
