@@ -101,12 +101,25 @@ def test_a_step_holds_the_same_windows_on_any_number_of_ranks(
         assert contents(*by_pass_and_rank) == contents(alone[step])
 
 
-def test_run_goes_on_where_it_was_interrupted(corpus) -> None:
-    whole = training(corpus)
-    resumed = training(corpus, first_window=5 * 4)
+@pytest.mark.parametrize("mixup_share", [0.0, 0.5])
+def test_run_goes_on_where_it_was_interrupted(corpus, mixup_share: float) -> None:
+    whole = training(corpus, mixup_share=mixup_share)
+    resumed = training(corpus, first_window=5 * 4, mixup_share=mixup_share)
     for item in range(4):
         assert_same(resumed[item], whole[5 + item])
     assert contents(whole[0]) != contents(whole[5])
+
+
+def test_share_of_the_windows_is_mixed_with_others(corpus) -> None:
+    plain, mixed = training(corpus), training(corpus, mixup_share=0.5)
+    pairs = [
+        (ours[0], theirs[0])
+        for item in range(50)
+        for ours, theirs in zip(mixed[item].values_BCL, plain[item].values_BCL, strict=True)
+    ]
+    unchanged = sum(torch.equal(ours, theirs) for ours, theirs in pairs)
+    # 200 windows: half of them within 5 standard errors.
+    assert 65 < unchanged < 135
 
 
 def test_resume_with_more_ranks_goes_on_in_the_same_order(corpus) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tsmoe.data.order import DECK_SIZE, make_order, order_key, permute
+from tsmoe.data.order import DECK_SIZE, make_order, order_key, permute, uniform
 
 KEY = order_key("fingerprint", 0)
 
@@ -102,6 +102,36 @@ def test_windows_of_a_small_source_are_used_equally_often() -> None:
     uses = np.bincount(window[source == 0], minlength=700)
     assert uses.sum() == DECK_SIZE
     assert uses.max() - uses.min() <= 1
+
+
+def test_small_source_repeats_nothing_within_an_epoch() -> None:
+    # 700 windows and a quota of half a deck: dozens of epochs in one deck.
+    counts = integers(700, 10**6)
+    source, window = draw(counts, deck(0), temperature=0.0)
+    of_small = window[source == 0]
+    for epoch in range(len(of_small) // 700):
+        assert len(np.unique(of_small[epoch * 700 : (epoch + 1) * 700])) == 700
+
+
+def test_many_small_sources_share_a_deck_with_a_large_one() -> None:
+    counts = np.ones(40_000, dtype=np.int64)
+    counts[:2] = 10**9
+    quotas = make_order(counts, counts, temperature=1.0, key=KEY).quotas
+    assert quotas.sum() == DECK_SIZE
+    assert quotas.min() == 1
+    with pytest.raises(ValueError, match="70000 sources"):
+        make_order(np.ones(70_000, np.int64), np.ones(70_000), temperature=1.0, key=KEY)
+
+
+def test_uniform_numbers_are_even_independent_and_repeatable() -> None:
+    positions = np.arange(20_000, dtype=np.int64)
+    first, second = uniform(positions, KEY)
+    for numbers in (first, second):
+        assert 0 <= numbers.min() < numbers.max() < 1
+        # 20,000 numbers: the mean lies within 5 standard errors of a half.
+        assert abs(numbers.mean() - 0.5) < 5 * (1 / 12 / 20_000) ** 0.5
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.04
+    assert np.array_equal(uniform(positions[7:9], KEY)[0], first[7:9])
 
 
 def test_epochs_of_a_source_are_in_different_orders() -> None:
