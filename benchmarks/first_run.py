@@ -1,8 +1,8 @@
 """What a stranger sees: `make pretrain` in a fresh clone, from nothing and once installed.
 
-Clones the commit at hand into a temporary folder, times the steps of `make pretrain`, removes the run
-and times it again. The zero-shot table is the one that the command prints; with --table the same
-package is evaluated on other tables too.
+Clones the commit at hand into a temporary folder, times the steps of `make pretrain`, removes the
+run and times it again. The zero-shot table is the one that the command prints; with --table the
+same package is evaluated on other tables too.
 
     python benchmarks/first_run.py --table ../shared/data/benchmarks/ETTh1.parquet
 """
