@@ -105,8 +105,8 @@ def test_losses_and_gradient_norms_are_those_of_one_plain_process(runs, num_rank
         assert run.losses == pytest.approx(twin.losses, rel=0, abs=LOSS_TOLERANCE)
         # The norm is a float32 sum over 40,000 squares.
         assert run.grad_norms == pytest.approx(twin.grad_norms, rel=1e-5)
-        points = [report.num_target_points for report in run.reports]
-        assert points == [report.num_target_points for report in twin.reports]
+        points = [report.num_points for report in run.reports]
+        assert points == [report.num_points for report in twin.reports]
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), ALL)

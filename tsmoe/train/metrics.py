@@ -67,7 +67,7 @@ class MetricsWriter:
             step: number of the step, from 0.
             report: of the step.
             bias_ME: load bias after the step.
-            points_per_second: target points of all ranks over the wall time of the step.
+            points_per_second: recorded points of all ranks over the wall time of the step.
             data_wait_share: part of the step's wall time that this rank waited for data.
         """
         scalars = {
@@ -76,7 +76,7 @@ class MetricsWriter:
             "optimizer/lr": report.lr,
             "speed/points_per_second": points_per_second,
             "speed/data_wait_share": data_wait_share,
-            "data/target_points": report.num_target_points,
+            "data/points": report.num_points,
         }
         experts = expert_metrics(report.load_ME)
         self._write_line({"step": step, **scalars, "experts": experts | {

@@ -54,7 +54,7 @@ class RunRecord:
         seconds_waited: float,
     ) -> None:
         """Record a step that took `seconds`, of which this rank waited for data in some."""
-        points_per_second = report.num_target_points / seconds
+        points_per_second = report.num_points / seconds
         if self._writer is not None:
             self._writer.write_step(
                 step,

@@ -28,7 +28,8 @@ class StepReport:
 
     loss: float
     """Mean over all points that counted, of all ranks and micro-batches."""
-    num_target_points: int
+    num_points: int
+    """Recorded points of the batch that were forecast, each counted once."""
     grad_norm: float
     lr: float
     load_ME: Tensor
@@ -70,9 +71,13 @@ def training_step(
     """
     ranks = engine.ranks
     targets = [_targets(engine.model, batch) for batch in micro_batches]
-    local_points = sum(int(is_target.sum()) for _, is_target in targets)
-    all_points = int(ranks.sum(torch.tensor(local_points, device=ranks.device)))
-    if all_points == 0:
+    # Where patches overlap, a point is the target of several tokens.
+    num_targets = sum(int(is_target.sum()) for _, is_target in targets)
+    after_first_patch = slice(engine.model.config.patch_length, None)
+    num_points = sum(int(b.is_target_BCL[..., after_first_patch].sum()) for b in micro_batches)
+    counts = ranks.sum(torch.tensor([num_targets, num_points], device=ranks.device))
+    num_targets, num_points = counts.tolist()
+    if num_targets == 0:
         raise TrainingError(
             f"step {step}: no point of the batch can be a target; check the corpus for gaps"
         )
@@ -91,7 +96,7 @@ def training_step(
             target_clip=target_clip,
         )
         # Engines average over ranks; the sum over ranks is wanted.
-        loss = term.error_B.sum() * (ranks.size / all_points)
+        loss = term.error_B.sum() * (ranks.size / num_targets)
         engine.backward(loss, last_micro_batch=is_last)
         error_sum += term.error_B.detach().sum(dtype=torch.float64)
         for layer, routing in enumerate(output.routings):
@@ -101,7 +106,7 @@ def training_step(
     # One exchange for loss, loads and flags; float64 keeps counts exact.
     flag_tensor = torch.tensor([float(flag) for flag in flags], device=ranks.device)
     summed = ranks.sum(torch.cat((error_sum[None], load_ME.flatten().double(), flag_tensor)))
-    loss_value = summed[0].item() / all_points  # waits for the device; once a step is affordable
+    loss_value = summed[0].item() / num_targets  # waits for the device; once a step is affordable
     load_ME = summed[1 : 1 + load_ME.numel()].long().reshape(load_ME.shape)
     if not torch.isfinite(summed[0]):
         _stop("loss", step, ranks, micro_batches, terms, series_name)
@@ -113,7 +118,7 @@ def training_step(
             router.balance.update(load_E, rate=balance_rate)
     return StepReport(
         loss=loss_value,
-        num_target_points=all_points,
+        num_points=num_points,
         grad_norm=grad_norm,
         lr=lr,
         load_ME=load_ME.cpu(),
