@@ -19,9 +19,9 @@ class WindowBatch:
     values_BCL: Tensor
     """float32; 0 where not observed."""
     observed_BCL: Tensor
-    """bool; True where a value was recorded."""
+    """bool; True where the model may see a recorded value."""
     is_target_BCL: Tensor
-    """bool; True where the loss may look: observed, and inside the split that is being used."""
+    """bool; True where the loss may look: recorded, and inside the split that is being used."""
     series_ids_B: Tensor
     """int64; the number of each window's series in the corpus, to name it in an error."""
 

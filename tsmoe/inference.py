@@ -35,8 +35,8 @@ class Forecast:
 class Forecaster:
     """A packaged model that forecasts any number of steps.
 
-    Horizons longer than a patch are rolled: the predicted patch is appended to the context and the
-    oldest points dropped. Each variate is forecast by itself.
+    Horizons longer than what the model forecasts in one pass are rolled: the forecast is appended
+    to the context and the oldest points dropped. Each variate is forecast by itself.
     """
 
     def __init__(self, model: TimeTracker, card: dict[str, Any], device: torch.device) -> None:
@@ -46,6 +46,7 @@ class Forecaster:
         self.quantile_levels: tuple[float, ...] = model.head.quantile_levels
         self.context_length: int = model.config.context_length
         self.patch_length: int = model.config.patch_length
+        self._tokens_per_patch = model.config.patch_length // model.config.patch_stride
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto") -> Forecaster:
@@ -136,22 +137,30 @@ class Forecaster:
         )
 
     def _roll(self, series_XL: Tensor, prediction_length: int) -> Tensor:
-        """Return predictions of shape (X, Q, K), patch by patch."""
+        """Return predictions of shape (X, Q, K), as many patches at a time as the model learned."""
         predicted: list[Tensor] = []
-        for _ in range(-(-prediction_length // self.patch_length)):
-            patch_XPK = self._next_patch(series_XL)
-            predicted.append(patch_XPK)
+        missing = -(-prediction_length // self.patch_length)
+        while missing:
+            count = min(missing, self.model.config.lookahead_patches)
+            patches_XQK = self._next_patches(series_XL, count)
+            predicted.append(patches_XQK)
+            missing -= count
             # Rolled on by the point forecast: what quantiles of later patches miss is the
             # uncertainty of earlier ones.
-            point_XP = self.model.head.point_forecast(patch_XPK)
-            series_XL = torch.cat((series_XL, point_XP), dim=1)[:, -self.context_length :]
+            point_XQ = self.model.head.point_forecast(patches_XQK)
+            series_XL = torch.cat((series_XL, point_XQ), dim=1)[:, -self.context_length :]
         return torch.cat(predicted, dim=1)[:, :prediction_length]
 
-    def _next_patch(self, series_XL: Tensor) -> Tensor:
+    def _next_patches(self, series_XL: Tensor, count: int) -> Tensor:
+        """Forecast `count` patches in one pass: all but the last are a gap at the end."""
+        gap = series_XL.new_full((len(series_XL), (count - 1) * self.patch_length), torch.nan)
+        series_XL = torch.cat((series_XL, gap), dim=1)[:, -self.context_length :]
         observed_XL = ~series_XL.isnan()
         output = self.model(series_XL[:, None], observed_XL[:, None])
+        # Tokens whose ends lie one patch apart, the last one at the end of the gap.
+        tokens = slice(-1 - (count - 1) * self._tokens_per_patch, None, self._tokens_per_patch)
         statistics = output.statistics
-        patch_XPK = output.prediction_BCNPK[:, 0, -1].float()
-        patch_XPK = patch_XPK * statistics.scale_BCN1[:, 0, -1, :, None]
-        patch_XPK = patch_XPK + statistics.loc_BCN1[:, 0, -1, :, None]
-        return patch_XPK.sort(dim=-1).values
+        patches_XNPK = output.prediction_BCNPK[:, 0, tokens].float()
+        patches_XNPK = patches_XNPK * statistics.scale_BCN1[:, 0, tokens, :, None]
+        patches_XNPK = patches_XNPK + statistics.loc_BCN1[:, 0, tokens, :, None]
+        return patches_XNPK.sort(dim=-1).values.flatten(1, 2)

@@ -67,6 +67,36 @@ def test_long_horizon_is_rolled_patch_by_patch(forecaster, given: int) -> None:
     np.testing.assert_array_equal(found_BCQ, expected_BCQ)
 
 
+@pytest.mark.parametrize("stride", [8, 4])
+def test_patches_are_forecast_in_one_pass_behind_a_gap(make_model, stride: int) -> None:
+    model = make_model(lookahead_patches=3, patch_stride=stride)
+    known_BCL = context(2, 1, 64)
+    found_BCQ = forecaster_of(model).forecast_batch(known_BCL, 24).mean_BCQ
+    for ahead in range(3):
+        # What a patch further ahead is forecast from: all that was known, then unseen patches.
+        seen_BCL = torch.zeros(2, 1, 64 + 8 * ahead)
+        seen_BCL[..., :64] = torch.from_numpy(known_BCL)
+        observed_BCL = torch.ones_like(seen_BCL, dtype=torch.bool)
+        observed_BCL[..., 64:] = False
+        # The context of all three is the same one, moved on by the gap of the last.
+        start = 8 * 2
+        output = model(seen_BCL[..., start:], observed_BCL[..., start:])
+        statistics = output.statistics
+        expected = output.prediction_BCNPK[..., 0] * statistics.scale_BCN1 + statistics.loc_BCN1
+        patch_BCQ = found_BCQ[..., 8 * ahead : 8 * (ahead + 1)]
+        # The pass is causal; only the shape of its sums differs.
+        np.testing.assert_allclose(patch_BCQ, expected[:, :, -1].detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_longer_horizons_roll_several_patches_at_a_time(make_model) -> None:
+    forecaster = forecaster_of(make_model(lookahead_patches=2))
+    known_BCL = context(2, 1, 64)
+    first = forecaster.forecast_batch(known_BCL, 16).mean_BCQ
+    second = forecaster.forecast_batch(np.concatenate((known_BCL, first), -1), 16).mean_BCQ
+    found = forecaster.forecast_batch(known_BCL, 30).mean_BCQ
+    np.testing.assert_array_equal(found, np.concatenate((first, second), -1)[..., :30])
+
+
 def test_quantiles_are_rolled_by_the_median(quantile_forecaster) -> None:
     known_BCL = context(2, 1, 64)
     first = quantile_forecaster.forecast_batch(known_BCL, 8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from tsmoe.batch import WindowBatch
 from tsmoe.config import Section
 from tsmoe.data.mixup import mix_windows
 from tsmoe.data.order import make_order, order_key, uniform
+from tsmoe.data.patch_mask import PatchMask
 from tsmoe.data.windows import WindowIndex
 from tsmoe.ranks import Ranks
 
@@ -90,6 +91,7 @@ class TrainingBatches(Dataset[WindowBatch]):
         seed: int,
         temperature: float,
         mixup_share: float = 0.0,
+        patch_mask: PatchMask | None = None,
         micro_batch_size: int,
         ranks: Ranks,
         first_window: int = 0,
@@ -100,6 +102,7 @@ class TrainingBatches(Dataset[WindowBatch]):
         self.micro_batch_size = micro_batch_size
         self.rank, self.world_size = ranks.rank, ranks.size
         self.mixup_share = mixup_share
+        self.patch_mask = patch_mask
         self.order, self.partner_order = (
             make_order(index.counts, index.points, temperature=temperature, key=key)
             for key in (
@@ -112,8 +115,14 @@ class TrainingBatches(Dataset[WindowBatch]):
         first = self.first_window + (item * self.world_size + self.rank) * self.micro_batch_size
         positions = first + np.arange(self.micro_batch_size, dtype=np.int64)
         batch = cut_batch(self.corpus, self.index, *self.order.draw(positions))
-        if self.mixup_share == 0:
-            return batch
+        if self.mixup_share > 0:
+            batch = self._mix(batch, positions)
+        if self.patch_mask is not None:
+            seen_BCL = self.patch_mask.hide(batch.observed_BCL, positions, self.order.key)
+            batch = replace(batch, observed_BCL=seen_BCL)
+        return batch
+
+    def _mix(self, batch: WindowBatch, positions: Integers) -> WindowBatch:
         partners = cut_batch(self.corpus, self.index, *self.partner_order.draw(positions))
         # Up to half of a window is its partner, either way up; which windows, and how much, is a
         # function of the position, as all else.

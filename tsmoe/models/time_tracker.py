@@ -36,6 +36,9 @@ class TimeTrackerConfig(Section):
     """Points between the starts of neighbouring patches; must divide `patch_length`."""
     context_length: int = 2880
     """Points that a forecast is made from."""
+    lookahead_patches: int = 1
+    """Patches that are forecast in one pass; more are rolled. 1 rolls patch by patch (the paper's).
+    Ours: a rolled patch takes the one before it for observed and is too sure of itself."""
     d_model: int = 384
     num_layers: int = 6
     num_heads: int = 6
@@ -62,6 +65,11 @@ class TimeTrackerConfig(Section):
             raise ValueError(
                 f"context_length ({self.context_length}) must be a multiple of patch_stride "
                 f"({self.patch_stride}); nearest are {below} and {below + self.patch_stride}"
+            )
+        if not 1 <= self.lookahead_patches <= self.context_length // self.patch_length:
+            raise ValueError(
+                f"lookahead_patches ({self.lookahead_patches}) must be at least 1 and at most the "
+                f"{self.context_length // self.patch_length} patches of the context"
             )
         if self.d_model % (2 * self.num_heads):
             raise ValueError(

@@ -28,6 +28,7 @@ from tsmoe.checkpoint.resume import check_same_model, newest_checkpoint
 from tsmoe.checkpoint.saver import CheckpointSaver
 from tsmoe.config import encode
 from tsmoe.data.loader import TrainingBatches, ValidationBatches, load_training
+from tsmoe.data.patch_mask import PatchMask
 from tsmoe.data.windows import training_windows, validation_windows
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
@@ -228,6 +229,11 @@ def _open_data(config: RunConfig, corpus: Corpus, ranks: Ranks, first_window: in
         seed=config.seed,
         temperature=config.data.source_temperature,
         mixup_share=config.data.mixup_share,
+        patch_mask=PatchMask(
+            context_length=config.model.context_length,
+            patch_length=config.model.patch_length,
+            lookahead_patches=config.model.lookahead_patches,
+        ),
         micro_batch_size=config.training.micro_batch_size,
         ranks=ranks,
         first_window=first_window,

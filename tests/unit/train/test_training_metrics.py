@@ -11,9 +11,7 @@ LOAD_ME = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [10, 5, 1, 0]])
 
 
 def report(loss: float) -> StepReport:
-    return StepReport(
-        loss=loss, num_points=10, grad_norm=1.0, lr=0.1, load_ME=LOAD_ME, flags=()
-    )
+    return StepReport(loss=loss, num_points=10, grad_norm=1.0, lr=0.1, load_ME=LOAD_ME, flags=())
 
 
 def write(run: Path, steps: range, *, loss: float) -> None:
