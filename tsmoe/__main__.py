@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 2 user mistake, 3 bad data, 75 stopped."""
     args = build_parser().parse_args(_launcher_arguments_last(arguments or sys.argv[1:]))
+    _set_up_logging()
     try:
         return args.run(args)
     except TsmoeError as error:
@@ -53,6 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"tsmoe: {error}; mend it and start the same command again", file=sys.stderr)
         return 1
+
+
+def _set_up_logging() -> None:
+    is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    logging.basicConfig(
+        level=logging.INFO if is_first else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
 
 
 def _launcher_arguments_last(arguments: list[str]) -> list[str]:

@@ -119,6 +119,8 @@ class Forecaster:
             raise ConfigError(
                 f"the context has shape {context_BCL.shape}; expected windows x variates x points"
             )
+        if 0 in context_BCL.shape:
+            raise ConfigError(f"the context has shape {context_BCL.shape}; nothing to forecast")
         if np.isinf(context_BCL).any():
             raise ConfigError("the context holds infinite values; mark them as missing (NaN)")
         windows, variates, _ = context_BCL.shape

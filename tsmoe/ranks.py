@@ -141,10 +141,12 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":
         count = torch.cuda.device_count()
+        if count == 1 and "SLURM_STEP_ID" in os.environ:
+            local_rank = 0  # SLURM shows each task its own GPU only
         if local_rank >= count:
             raise ConfigError(
                 f"local rank {local_rank} has no GPU of its own: this machine shows {count}; "
-                "start at most one rank per GPU, or set device=cpu"
+                "start at most one rank per GPU, or set training.device=cpu"
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)

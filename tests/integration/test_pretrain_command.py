@@ -203,6 +203,22 @@ def told(capsys, *arguments: str) -> tuple[int, str]:
     return code, message
 
 
+@pytest.mark.launch
+def test_one_process_trains_under_deepspeed_without_a_launcher(config_file, tmp_path) -> None:
+    settings = ["engine.type=deepspeed", "training.steps=2"]
+    environment = {
+        name: value
+        for name, value in launch_environment().items()
+        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    done = subprocess.run(
+        command(config_file, tmp_path / "run", *settings),
+        capture_output=True, text=True, timeout=TIMEOUT, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "DONE").read_text() == "2\n"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -261,6 +277,19 @@ def test_missing_corpus_exits_with_3(config_file, tmp_path, capsys) -> None:
     assert "nowhere" in message
 
 
+def test_altered_shard_is_found_before_training(config_file, tmp_path, capsys) -> None:
+    corpus = build_small_corpus(tmp_path / "altered")
+    shard = next(corpus.glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    settings = [str(config_file), f"run={tmp_path / 'run'}", f"corpus={corpus}"]
+    code, message = told(capsys, *settings)
+    assert code == 3
+    assert shard.name in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.fixture
 def begun(config_file, tmp_path) -> Path:
     """A run of two steps."""
@@ -282,7 +311,10 @@ def test_run_folder_of_another_model_corpus_or_seed_is_refused(
     assert "fingerprint" in message
     code, message = told(capsys, str(config_file), f"run={begun}", "seed=5")
     assert code == 3
-    assert "trained with seed 0, but seed is 5" in message
+    assert "trained with seed=0, but seed is 5" in message
+    code, message = told(capsys, str(config_file), f"run={begun}", "data.window_stride=3")
+    assert code == 3
+    assert "data.window_stride=1" in message
     assert recorded(begun) == before
 
 
@@ -292,7 +324,7 @@ def test_full_disk_at_the_end_is_an_error_and_keeps_the_run(
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saver_module, "save_file", no_space)
+    monkeypatch.setattr(saver_module, "write_tensors", no_space)
     code, message = told(capsys, str(config_file), f"run={begun}", "training.steps=4")
     assert code == 3
     assert "last checkpoint could not be saved" in message

@@ -14,9 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from tsmoe.errors import CheckpointError
 
@@ -25,6 +29,7 @@ META_FILE = "meta.json"
 DENSE_FILE = "dense.safetensors"
 LATEST_FILE = "latest"
 INCOMPLETE_PREFIX = ".incomplete-"
+_STEP_FOLDER = re.compile(r"step_\d{8}")
 STATE_KINDS = ("value", "exp_avg", "exp_avg_sq")
 
 
@@ -61,6 +66,11 @@ def step_folder(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_folders(folder: Path) -> list[Path]:
+    """Return the folders of all steps, oldest first; copies under other names are not looked at."""
+    return sorted(path for path in folder.glob("step_*") if _STEP_FOLDER.fullmatch(path.name))
+
+
 def experts_file(expert_parallel_rank: int) -> str:
     """Name of the file of one expert-parallel rank."""
     return f"experts-{expert_parallel_rank:05d}.safetensors"
@@ -76,6 +86,9 @@ def read_meta(folder: Path) -> CheckpointMeta:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values["format_version"]
+        if version == FORMAT_VERSION:
+            files = tuple(FileRecord(**record) for record in values.pop("files"))
+            return CheckpointMeta(**values, files=files)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no {META_FILE}, so this is no whole checkpoint; "
@@ -85,13 +98,10 @@ def read_meta(folder: Path) -> CheckpointMeta:
         raise CheckpointError(
             f"{path}: cannot be read ({error}); use an older checkpoint"
         ) from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {version}, but this tsmoe reads {FORMAT_VERSION}; "
-            "use the version of tsmoe that wrote it"
-        )
-    files = tuple(FileRecord(**record) for record in values.pop("files"))
-    return CheckpointMeta(**values, files=files)
+    raise CheckpointError(
+        f"{path}: format version {version}, but this tsmoe reads {FORMAT_VERSION}; "
+        "use the version of tsmoe that wrote it"
+    )
 
 
 def find_damage(folder: Path, meta: CheckpointMeta) -> str | None:
@@ -115,14 +125,40 @@ def sha256_of(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once: readers see the old one or the new one, whole."""
+    """Replace a small file at once: readers see the old one or the new one, whole.
+
+    Raises:
+        CheckpointError: if it cannot be written, as on a full disk.
+    """
     temporary = path.with_name(f"{INCOMPLETE_PREFIX}{path.name}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); free some space or mend the folder, and start "
+            "the same command again"
+        ) from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file and push it to the disk, readable by whom other files are.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be written.
+    """
+    # safetensors makes its files readable by their owner alone.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(mode)
+    with path.open("rb") as stream:
         os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

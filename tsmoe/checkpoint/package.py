@@ -16,11 +16,17 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from tsmoe.checkpoint.elastic import StateReader, expert_parameters
-from tsmoe.checkpoint.layout import INCOMPLETE_PREFIX, CheckpointMeta, sync_folder
+from tsmoe.checkpoint.layout import (
+    INCOMPLETE_PREFIX,
+    CheckpointMeta,
+    sha256_of,
+    sync_folder,
+    write_tensors,
+)
 from tsmoe.config import decode, encode, read_yaml
 from tsmoe.errors import CheckpointError, ConfigError
 from tsmoe.models import ModelConfig, build_model
@@ -44,14 +50,18 @@ def save_package(folder: Path, model: TimeTracker, card: dict[str, Any]) -> None
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, temporary / WEIGHTS_FILE)
+        write_tensors(temporary / WEIGHTS_FILE, state)
         (temporary / MODEL_FILE).write_text(
             yaml.safe_dump(encode(model.config), sort_keys=False), encoding="utf-8"
         )
-        card = {"format_version": PACKAGE_VERSION, **card}
+        card = {
+            "format_version": PACKAGE_VERSION,
+            **card,
+            "weights_sha256": sha256_of(temporary / WEIGHTS_FILE),
+        }
         (temporary / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        for path in temporary.iterdir():
-            with path.open("rb") as stream:
+        for name in (MODEL_FILE, CARD_FILE):
+            with (temporary / name).open("rb") as stream:
                 os.fsync(stream.fileno())
         former = folder.with_name(f"{INCOMPLETE_PREFIX}former-{folder.name}")
         shutil.rmtree(former, ignore_errors=True)
@@ -97,6 +107,11 @@ def load_package(folder: Path) -> tuple[TimeTracker, dict[str, Any]]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     model = build_model(config)
+    if card.get("weights_sha256") != sha256_of(folder / WEIGHTS_FILE):
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: was altered: its sha256 differs from {CARD_FILE}; "
+            "copy or export the package again"
+        )
     try:
         state = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:

@@ -6,7 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from tsmoe.checkpoint.layout import LATEST_FILE, CheckpointMeta, find_damage, read_meta
+from tsmoe.checkpoint.layout import (
+    LATEST_FILE,
+    CheckpointMeta,
+    find_damage,
+    read_meta,
+    step_folders,
+)
 from tsmoe.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -18,7 +24,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, CheckpointMeta] | None:
     `latest` is tried first; a damaged checkpoint is passed over with a warning that says what is
     wrong with it.
     """
-    candidates = sorted(folder.glob("step_*"), reverse=True)
+    candidates = step_folders(folder)[::-1]
     latest = folder / LATEST_FILE
     if latest.exists():
         named = folder / latest.read_text(encoding="utf-8").strip()

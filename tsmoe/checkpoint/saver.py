@@ -8,13 +8,10 @@ and moves `latest`. A run that is killed at any moment leaves whole checkpoints 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from safetensors.torch import save_file
 
 from tsmoe.checkpoint.elastic import Snapshot
 from tsmoe.checkpoint.layout import (
@@ -24,7 +21,9 @@ from tsmoe.checkpoint.layout import (
     FileRecord,
     sha256_of,
     step_folder,
+    step_folders,
     sync_folder,
+    write_tensors,
     write_text,
 )
 from tsmoe.config import Section
@@ -46,9 +45,11 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this are kept for good."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1 or self.keep < 1:
+        milestone = self.milestone_every_steps
+        if self.every_steps < 1 or self.keep < 1 or (milestone is not None and milestone < 1):
             raise ValueError(
-                f"every_steps ({self.every_steps}) and keep ({self.keep}) must be at least 1"
+                f"every_steps ({self.every_steps}), keep ({self.keep}) and milestone_every_steps "
+                f"({milestone}) must be at least 1"
             )
 
 
@@ -112,8 +113,8 @@ class CheckpointSaver:
             )
             try:
                 self._commit(pending, files)
-            except OSError as error:
-                failures = [f"rank 0: {error}"]
+            except Exception as error:  # see above
+                failures = [f"rank 0: {type(error).__name__}: {error}"]
         failures = self.ranks.gather(failures)[0]
         if failures:
             if self.ranks.is_first:
@@ -151,13 +152,13 @@ class CheckpointSaver:
         try:
             write_text(self.folder / LATEST_FILE, final.name)
             self._prune(final)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             # The checkpoint is in its place, and a resume finds it without `latest` too.
             logger.warning("%s: could not tidy up after saving: %s", self.folder, error)
 
     def _prune(self, newest: Path) -> None:
         # Later steps are damaged ones that a resume passed over; the run will write over them.
-        steps = sorted(p for p in self.folder.glob("step_*") if p.name <= newest.name)
+        steps = [path for path in step_folders(self.folder) if path.name <= newest.name]
         milestone = self.config.milestone_every_steps
         for old in steps[: -self.config.keep]:
             step = int(old.name.removeprefix("step_"))
@@ -172,9 +173,7 @@ def _write_files(folder: Path, snapshot: Snapshot) -> list[FileRecord]:
     records = []
     for name, tensors in snapshot.items():
         path = folder / name
-        save_file(tensors, path)
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        write_tensors(path, tensors)
         records.append(
             FileRecord(name=name, size_bytes=path.stat().st_size, sha256=sha256_of(path))
         )

@@ -86,7 +86,7 @@ def run_status(args: argparse.Namespace) -> int:
     else:
         for problem in problems:
             print(problem)
-        state = "damaged" if problems else "whole"
+        state = "damaged" if problems else "all shards there (`tsmoe data verify` reads them)"
         print(f"{args.path}: {state}, {_totals(manifest)} in {len(manifest.shards)} shards")
         print(f"fingerprint {manifest.fingerprint}")
         _print_drops(manifest)

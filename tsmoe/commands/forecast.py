@@ -15,7 +15,7 @@ from tsmoe.commands.options import (
     require_positive,
     split_numbers,
 )
-from tsmoe.errors import ConfigError
+from tsmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,13 @@ def run(args: argparse.Namespace) -> int:
     check_levels(asked, levels)
     rows = _context_rows(args.context, len(table.values_LC), forecaster.context_length)
     context_CL = np.ascontiguousarray(table.values_LC[-rows:].T)
+    _check_observed(args.data, table, context_CL)
     forecast = forecaster.forecast(context_CL, args.horizon)
+    if not np.isfinite(forecast.mean_BCQ).all():
+        raise DataError(
+            f"{args.package}: the forecast of {args.data} is not finite; the values may be too "
+            "large, or the package damaged"
+        )
     mean_CQ = forecast.mean_BCQ[0]
     quantiles_CQK = None if forecast.quantiles_BCQK is None else forecast.quantiles_BCQK[0]
     asked_CQK = None
@@ -98,6 +104,21 @@ def run(args: argparse.Namespace) -> int:
         )
         draw_forecast(picture, args.plot)
     return 0
+
+
+def _check_observed(path: str, table: "Table", context_CL: "np.ndarray") -> None:
+    """Refuse a variate of which the context shows nothing: its forecast would be made up."""
+    import numpy as np
+
+    is_empty_C = np.isnan(context_CL).all(axis=1)
+    if is_empty_C.any():
+        names = ", ".join(
+            name for name, empty in zip(table.variates, is_empty_C, strict=True) if empty
+        )
+        raise DataError(
+            f"{path}: {names}: no value in the last {context_CL.shape[1]} rows, so there is "
+            "nothing to forecast from; leave it out with --columns, or see more with --context"
+        )
 
 
 def check_levels(asked: tuple[float, ...], levels: tuple[float, ...]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -42,7 +40,6 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    _set_up_logging()
     from tsmoe.ranks import launched_world_size, stop
     from tsmoe.train.loop import Outcome, pretrain
     from tsmoe.train.run_config import resolve
@@ -84,15 +81,3 @@ def _export(args: argparse.Namespace) -> int:
     else:
         print(f"{args.package}: step {card['step']}, {card['parameters']['total']:,} parameters")
     return 0
-
-
-def _set_up_logging() -> None:
-    import logging
-
-    is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-    logging.basicConfig(
-        level=logging.INFO if is_first else logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )

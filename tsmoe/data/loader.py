@@ -38,6 +38,8 @@ class DataConfig(Section):
     all sources equal."""
     mixup_share: float = 0.0
     """Share of the windows that are mixed with a window of another place in the order."""
+    verifies_corpus: bool = True
+    """Whether the hashes of all shards are checked before training: about a second per gigabyte."""
     num_workers: int = 0
     """Processes that cut batches ahead of time; 0 cuts them in the training process."""
     max_validation_windows: int = 512
@@ -69,7 +71,7 @@ def cut_batch(
         position_BL = torch.from_numpy(starts)[:, None] + torch.arange(index.window_length)
         is_target_BL = observed_BL & (position_BL >= torch.from_numpy(index.begins[rows])[:, None])
     return WindowBatch(
-        values_BCL=values_BL.nan_to_num_(nan=0.0)[:, None],
+        values_BCL=values_BL.masked_fill_(~observed_BL, 0)[:, None],
         observed_BCL=observed_BL[:, None],
         is_target_BCL=is_target_BL[:, None],
         series_ids_B=torch.from_numpy(series),

@@ -24,6 +24,7 @@ from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig, deepspeed_json
 from tsmoe.engine.optimizer import OptimizerConfig, parameter_groups
 from tsmoe.engine.plain_engine import Precision
 from tsmoe.engine.protocol import UpdateReport
+from tsmoe.errors import ConfigError
 from tsmoe.models.output import ModelOutput
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.moe.layer import ExpertFactory
@@ -43,6 +44,8 @@ def initialise_deepspeed(ranks: Ranks, *, timeout_seconds: float) -> None:
     """
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed asks for it even where one process was started without a launcher.
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     import deepspeed
     import deepspeed.ops
     from deepspeed.comm.torch import TorchBackend
@@ -105,18 +108,25 @@ class DeepSpeedEngine:
             eps=optimizer_config.eps,
             fused=True,
         )
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            dist_init_required=False,
-            config=deepspeed_json(
-                config,
-                precision=precision,
-                clip_grad_norm=optimizer_config.clip_grad_norm,
-                micro_batch_size=micro_batch_size,
-                gradient_accumulation_steps=gradient_accumulation_steps,
-            ),
+        settings = deepspeed_json(
+            config,
+            precision=precision,
+            clip_grad_norm=optimizer_config.clip_grad_norm,
+            micro_batch_size=micro_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
         )
+        try:
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, dist_init_required=False, config=settings
+            )
+        except Exception as error:
+            # What DeepSpeed raises for a setting that it refuses has no common type.
+            if config.config_file is None:
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{config.config_file}: DeepSpeed refuses these settings: {reason}"
+            ) from error
 
     def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:  # noqa: ARG002
         """Run the model on the context of the batch's windows; DeepSpeed counts by itself."""

@@ -29,6 +29,11 @@ class OptimizerConfig(Section):
                 f"lr ({self.lr}) and clip_grad_norm ({self.clip_grad_norm}) must be above 0, "
                 f"weight_decay ({self.weight_decay}) at least 0"
             )
+        if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0:
+            raise ValueError(
+                f"betas ({list(self.betas)}) must be at least 0 and below 1, eps ({self.eps}) "
+                "above 0"
+            )
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -71,6 +71,13 @@ class TimeTrackerConfig(Section):
                 f"lookahead_patches ({self.lookahead_patches}) must be at least 1 and at most the "
                 f"{self.context_length // self.patch_length} patches of the context"
             )
+        if min(self.d_model, self.num_layers, self.num_heads) < 1 or self.rotary_base <= 1:
+            raise ValueError(
+                f"d_model ({self.d_model}), num_layers ({self.num_layers}) and num_heads "
+                f"({self.num_heads}) must be at least 1, rotary_base ({self.rotary_base}) above 1"
+            )
+        if isinstance(self.feed_forward, MoEConfig):
+            self.feed_forward.check_alignment(self.d_model)
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"d_model ({self.d_model}) must be a multiple of twice num_heads "

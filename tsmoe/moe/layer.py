@@ -47,6 +47,14 @@ class MoEConfig(Section):
                 f"({self.d_ff_expert}) and d_ff_shared ({self.d_ff_shared}) must be at least 1"
             )
 
+    def check_alignment(self, d_model: int) -> None:
+        """Refuse sizes that grouped matmul cannot take: rows must be multiples of 16 bytes."""
+        if self.compute == "grouped" and (d_model % 8 or self.d_ff_expert % 8):
+            raise ValueError(
+                f"compute=grouped wants d_model ({d_model}) and d_ff_expert ({self.d_ff_expert}) "
+                "to be multiples of 8; use compute=auto"
+            )
+
     @property
     def active_d_ff(self) -> int:
         """Feed-forward width that a token passes: that of the dense twin of equal active size."""

@@ -72,7 +72,10 @@ def _last_metrics(path: Path, step: int) -> dict[str, float]:
     found: dict[str, float] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue  # a line cut short by a kill
             if values["step"] < step:
                 found |= {k: v for k, v in values.items() if k.startswith("loss/")}
     return found

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from data_pipeline.shards.reader import Corpus
+from data_pipeline.shards.verify import verify_corpus
 from tsmoe import ranks as ranks_module
 from tsmoe.batch import WindowBatch
 from tsmoe.checkpoint.elastic import StateReader
@@ -32,10 +33,11 @@ from tsmoe.data.patch_mask import PatchMask
 from tsmoe.data.windows import training_windows, validation_windows
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
-from tsmoe.errors import CheckpointError, TrainingError
+from tsmoe.errors import CheckpointError, DataError, TrainingError
 from tsmoe.ranks import Ranks
 from tsmoe.train.record import RunRecord
 from tsmoe.train.run_config import RunConfig
+from tsmoe.train.run_lock import run_lock
 from tsmoe.train.schedule import balance_rate, learning_rate
 from tsmoe.train.signals import StopRequest
 from tsmoe.train.stages import prepare_pretraining
@@ -76,8 +78,16 @@ def pretrain(config: RunConfig) -> Outcome:
     ranks = ranks_module.start(
         timeout_seconds=config.training.timeout_seconds, device=config.training.device
     )
+    with run_lock(Path(config.run), ranks):
+        return _pretrain(config, ranks)
+
+
+def _pretrain(config: RunConfig, ranks: Ranks) -> Outcome:
+    """Open the corpus, go on from the newest checkpoint if there is one, and train."""
     run = Path(config.run)
     corpus = Corpus.open(config.corpus)
+    if config.data.verifies_corpus:
+        _verify(corpus, ranks)
     found = _find_checkpoint(config, corpus, ranks)
     engine = build_engine(config, ranks, prepare=prepare_pretraining)
     first_step, first_window = 0, 0
@@ -94,6 +104,7 @@ def pretrain(config: RunConfig) -> Outcome:
                 "%s is done: step %d of %d; raise training.steps to go on, or choose another run=",
                 run, first_step, config.training.steps,
             )  # fmt: skip
+            (run / REQUEUE_MARKER).unlink(missing_ok=True)
             write_text(run / DONE_MARKER, f"{first_step}\n")
         return Outcome.DONE
     data = _open_data(config, corpus, ranks, first_window)
@@ -258,6 +269,13 @@ def _meta(config: RunConfig, corpus: Corpus, step: int, windows_seen: int) -> Ch
     )
 
 
+def _verify(corpus: Corpus, ranks: Ranks) -> None:
+    """Let the first rank check the hashes of all shards, and tell the others."""
+    problems = ranks.gather(verify_corpus(corpus.path) if ranks.is_first else [])[0]
+    if problems:
+        raise DataError(f"{corpus.path}: {'; '.join(problems)}; build or copy the corpus again")
+
+
 def _find_checkpoint(
     config: RunConfig, corpus: Corpus, ranks: Ranks
 ) -> tuple[Path, CheckpointMeta] | None:
@@ -283,8 +301,15 @@ def _check_resumable(config: RunConfig, corpus: Corpus, folder: Path, meta: Chec
             f"{folder}: trained on a corpus with fingerprint {meta.corpus_fingerprint[:12]}, but "
             f"{corpus.path} has {corpus.fingerprint[:12]}; use that corpus, or another run="
         )
-    if meta.config["seed"] != config.seed:
-        raise CheckpointError(
-            f"{folder}: trained with seed {meta.config['seed']}, but seed is {config.seed}; "
-            "the order of windows would jump; use that seed, or another run="
-        )
+    for name, saved, wanted in (
+        ("seed", meta.config["seed"], config.seed),
+        *(
+            (f"data.{key}", meta.config["data"].get(key), getattr(config.data, key))
+            for key in ("window_stride", "source_temperature", "mixup_share")
+        ),
+    ):
+        if saved != wanted:
+            raise CheckpointError(
+                f"{folder}: trained with {name}={saved}, but {name} is {wanted}; the order of "
+                "windows would jump; use the same, or another run="
+            )

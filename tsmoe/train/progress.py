@@ -30,7 +30,7 @@ class TrainingProgress:
         self._log_every_steps = log_every_steps
         self._is_shown = is_shown
         self._begun = time.monotonic()
-        self._validation = float("nan")
+        self._validation = ""
         self._bar: Progress | None = None
         if is_shown and sys.stderr.isatty():
             self._bar = Progress(
@@ -61,13 +61,11 @@ class TrainingProgress:
 
     def validated(self, loss: float) -> None:
         """Remember the newest validation loss."""
-        self._validation = loss
+        self._validation = f"validation {loss:.4f}  "
 
     def advanced(self, done: int, *, loss: float, points_per_second: float) -> None:
         """Show that `done` steps are done."""
-        status = (
-            f"loss {loss:.4f}  validation {self._validation:.4f}  {points_per_second:,.0f} points/s"
-        )
+        status = f"loss {loss:.4f}  {self._validation}{points_per_second:,.0f} points/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
         elif self._is_shown and (done % self._log_every_steps == 0 or done == self._steps):

@@ -20,8 +20,8 @@ class ScheduleConfig(Section):
     def __post_init__(self) -> None:
         if not (0 <= self.warmup_share < 1 and 0 <= self.final_lr_share <= 1):
             raise ValueError(
-                f"warmup_share ({self.warmup_share}) and final_lr_share ({self.final_lr_share}) "
-                "must lie between 0 and 1"
+                f"warmup_share ({self.warmup_share}) must be at least 0 and below 1, "
+                f"final_lr_share ({self.final_lr_share}) between 0 and 1"
             )
 
 
@@ -33,6 +33,13 @@ class BalanceConfig(Section):
     """Change of an expert's bias per step; 0 turns balancing off."""
     frozen_share: float = 0.1
     """Last part of training in which the bias rests (as DeepSeek-V3, arXiv 2412.19437)."""
+
+    def __post_init__(self) -> None:
+        if self.rate < 0 or not 0 <= self.frozen_share <= 1:
+            raise ValueError(
+                f"rate ({self.rate}) must be at least 0, frozen_share ({self.frozen_share}) "
+                "between 0 and 1"
+            )
 
 
 def learning_rate(step: int, *, steps: int, peak: float, config: ScheduleConfig) -> float:

@@ -1,4 +1,6 @@
 import errno
+import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -28,12 +30,12 @@ def no_space(*_: object) -> None:
 def test_checkpoint_is_seen_only_when_it_is_whole(folder, make_saver, meta_of, monkeypatch) -> None:
     goes_on = threading.Event()
 
-    def slow_save(tensors: dict, path: Path) -> None:
+    def slow_save(path: Path, tensors: dict) -> None:
         goes_on.wait(10)
-        real_save(tensors, path)
+        real_save(path, tensors)
 
-    real_save = saver_module.save_file
-    monkeypatch.setattr(saver_module, "save_file", slow_save)
+    real_save = saver_module.write_tensors
+    monkeypatch.setattr(saver_module, "write_tensors", slow_save)
     saver = make_saver()
     saver.begin(meta_of(4), {"dense.safetensors": {"value/weight": torch.ones(4)}})
     assert saver.is_pending
@@ -68,6 +70,25 @@ def test_newest_and_milestones_are_kept(folder, make_saver, save) -> None:
     assert (folder / "latest").read_text() == "step_00000007"
 
 
+def test_copies_under_other_names_are_left_alone(folder, make_saver, save) -> None:
+    saver = make_saver(keep=1)
+    assert save(saver, 4)
+    shutil.copytree(folder / "step_00000004", folder / "step_00000004.bak")
+    assert save(saver, 8)
+    assert names(folder) == ["latest", "step_00000004.bak", "step_00000008"]
+    assert newest_checkpoint(folder)[0].name == "step_00000008"
+
+
+def test_files_may_be_read_by_whom_others_may(folder, make_saver, save) -> None:
+    former = os.umask(0o022)
+    try:
+        assert save(make_saver(), 4)
+    finally:
+        os.umask(former)
+    mode = (folder / "step_00000004" / "dense.safetensors").stat().st_mode
+    assert mode & 0o777 == 0o644
+
+
 def test_saving_a_step_again_replaces_it(folder, make_saver, save) -> None:
     saver = make_saver()
     assert save(saver, 4)
@@ -93,7 +114,7 @@ def test_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(
     saver = make_saver()
     assert save(saver, 4)
     with monkeypatch.context() as patch:
-        patch.setattr(saver_module, "save_file", no_space)
+        patch.setattr(saver_module, "write_tensors", no_space)
         assert not save(saver, 8)
     assert "step 8 was not saved" in caplog.text
     assert "No space left" in caplog.text
@@ -122,7 +143,7 @@ def test_checkpoint_counts_as_saved_where_only_latest_could_not_be_written(
 def test_last_checkpoint_must_succeed(make_saver, save, meta_of, monkeypatch) -> None:
     saver = make_saver()
     assert save(saver, 4)
-    monkeypatch.setattr(saver_module, "save_file", no_space)
+    monkeypatch.setattr(saver_module, "write_tensors", no_space)
     saver.begin(meta_of(8), {"dense.safetensors": {"value/weight": torch.ones(4)}})
     with pytest.raises(CheckpointError, match="last checkpoint could not be saved"):
         saver.close(must_succeed=True)
