@@ -28,9 +28,9 @@ def test_build_reports_counts_and_then_that_it_is_up_to_date(tmp_path, capsys) -
     out = str(tmp_path / "tiny")
     assert run("build", "tiny", "--out", out, "--json") == 0
     first = json.loads(capsys.readouterr().out)
-    assert (first["series"], first["points"], first["up_to_date"]) == (262, 699464, False)
+    assert (first["series"], first["points"], first["up_to_date"]) == (489, 2691614, False)
     assert run("build", "tiny", "--out", out) == 0
-    assert "up to date: 262 series, 699,464 points" in capsys.readouterr().out
+    assert "up to date: 489 series, 2,691,614 points" in capsys.readouterr().out
 
 
 def test_build_shows_what_was_dropped(tmp_path, capsys) -> None:
@@ -55,7 +55,7 @@ def test_status_of_a_whole_corpus(shared_corpus, capsys) -> None:
     assert run("status", str(shared_corpus), "--json") == 0
     status = json.loads(capsys.readouterr().out)
     assert status["whole"]
-    assert (status["series"], status["drops"], len(status["fingerprint"])) == (262, {}, 64)
+    assert (status["series"], status["drops"], len(status["fingerprint"])) == (489, {}, 64)
     with pytest.raises(DataError, match="no such folder"):
         run("status", str(shared_corpus / "nowhere"))
 
@@ -78,11 +78,11 @@ def test_damage_makes_verify_and_status_exit_with_3(tmp_path, capsys) -> None:
 def test_stats_list_every_source(shared_corpus, capsys) -> None:
     assert run("stats", str(shared_corpus)) == 0
     table = capsys.readouterr().out
-    for word in ("nyc_airport_weather", "111,744", "699,464", "744 / 744 / 744"):
+    for word in ("nyc_airport_weather", "111,744", "2,691,614", "744 / 744 / 744"):
         assert word in table
     assert run("stats", str(shared_corpus), "--json") == 0
     sources = json.loads(capsys.readouterr().out)["sources"]
-    assert sum(source["points"] for source in sources) == 699464
+    assert sum(source["points"] for source in sources) == 2691614
 
 
 def test_inspect_describes_and_draws_a_series(shared_corpus, tmp_path, capsys) -> None:
@@ -98,7 +98,7 @@ def test_inspect_describes_and_draws_a_series(shared_corpus, tmp_path, capsys) -
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--index", "262"), "0 to 261"),
+        (("--index", "489"), "0 to 488"),
         (("--plot", "x.pdf"), r"ends in \.png"),
         (("--plot", "/nowhere/x.png"), "cannot be written"),
     ],

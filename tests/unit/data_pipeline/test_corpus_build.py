@@ -28,9 +28,9 @@ def csv_corpus(folder: Path, rows: int = 50) -> Path:
 
 def test_embedded_corpus_is_whole(tmp_path) -> None:
     manifest = build_corpus(load_corpus_config(TINY_CORPUS_CONFIG), tmp_path / "tiny")
-    assert (manifest.num_series, manifest.num_points) == (262, 699_464)
+    assert (manifest.num_series, manifest.num_points) == (489, 2_691_614)
     assert manifest.num_dropped == 0
-    assert len(manifest.sources) == 10
+    assert len(manifest.sources) == 11
     weather = manifest.sources["nyc_airport_weather"]
     assert (weather.series, weather.points) == (16, 111_744)
     assert verify_corpus(tmp_path / "tiny") == []
@@ -44,8 +44,12 @@ def test_embedded_weather_ends_before_the_evaluation_begins(tmp_path) -> None:
     weather = corpus.sources.index("nyc_airport_weather")
     ends = [corpus.record(index).end for index in np.flatnonzero(corpus.source_ids == weather)]
     table = read_table(EVALUATION_TABLE)
-    test_start = table.timestamps[len(table.timestamps) * 8 // 10]
-    assert max(ends) < test_start.item()
+    test_start = table.timestamps[len(table.timestamps) * 8 // 10].item()
+    assert max(ends) < test_start
+    other = corpus.sources.index("airport_weather")
+    for index in np.flatnonzero(corpus.source_ids == other):
+        record = corpus.record(index)
+        assert record.end < test_start or record.start.year > test_start.year
 
 
 def test_drops_are_counted_by_reason_and_source(tmp_path, listed_config, make_record) -> None:
