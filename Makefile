@@ -7,7 +7,7 @@
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo "PYTHON=  interpreter for .venv      PYTEST_ARGS=  what pytest runs"
-	@echo "RANKS=   ranks that pretrain starts  MASTER_PORT=  port where they meet"
+	@echo "RANKS=   ranks that pretrain starts (must divide 128)  MASTER_PORT=  port where they meet"
 
 setup:  ## make .venv and install tsmoe with its development tools
 	@sh .ci/setup
