@@ -11,15 +11,13 @@ the run that was left alone.
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import signal
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from record import record
 
 from runs import corpus, environment, losses, pretrain, pretrain_command, steps
@@ -73,14 +71,19 @@ def kill_and_resume(folder: Path, common: list[str], num_steps: int, seed: int) 
     pretrain([*settings, f"run={undisturbed}"], ranks=2)
     kill_at = random.Random(seed).randrange(5, num_steps - 2)
     command = pretrain_command([*settings, f"run={killed}"], ranks=2)
-    process = subprocess.Popen(command, env=environment(), start_new_session=True)
+    process = psutil.Popen(command, env=environment())
     while not (killed / "metrics.jsonl").exists() or len(losses(killed)) < kill_at:
         time.sleep(0.02)
         if process.poll() is not None:
             raise SystemExit("the run ended before it could be killed")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    # The ranks too: a launcher that dies alone leaves them training.
+    doomed = [process, *process.children(recursive=True)]
+    for victim in doomed:
+        victim.kill()
+    psutil.wait_procs(doomed)
     reached = len(losses(killed))
+    if reached >= num_steps:
+        raise SystemExit("the run ended before it could be killed")
     saved = sorted(path.name for path in (killed / "checkpoints").glob("step_*"))
     pretrain([*settings, f"run={killed}"], ranks=2)
     pairs = zip(losses(killed), losses(undisturbed), strict=True)
