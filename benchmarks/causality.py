@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
 
+from record import record
 from tsmoe.checkpoint.package import load_package
 from tsmoe.models import build_model
 from tsmoe.models.time_tracker import TimeTracker, TimeTrackerConfig

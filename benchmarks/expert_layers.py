@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
 from torch import Tensor, nn
 
+from record import record
 from runs import environment
 from tsmoe import ranks as ranks_module
 from tsmoe.engine.deepspeed_engine import expert_factory, initialise_deepspeed

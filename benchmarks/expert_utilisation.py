@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
 
+from record import record
 from runs import corpus, last_validation, pretrain, steps
 from tsmoe.train.metrics import expert_metrics
 

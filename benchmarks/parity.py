@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from record import record
 
+from record import record
 from runs import corpus, environment, losses, pretrain, pretrain_command, steps
 
 DEEPSPEED = "engine.type=deepspeed"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from record import ROOT, record
-
 from runs import corpus, last_validation, pretrain, tsmoe
 
 TABLE = ROOT / "data_pipeline" / "tiny" / "eval_jfk_weather.parquet"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_pool import run_on_ranks
 from safetensors.torch import load_file
-from small_run import Settings, build_small_corpus, small_config
 
+from rank_pool import run_on_ranks
+from small_run import Settings, build_small_corpus, small_config
 from tsmoe.checkpoint.layout import LATEST_FILE, read_meta, step_folder
 from tsmoe.train.loop import pretrain
 from tsmoe.train.run_config import RunConfig

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rank_pool import run_on_ranks
 from small_run import (
     StepsRun,
@@ -19,7 +20,6 @@ from small_run import (
     start_engine,
     step_batches,
 )
-
 from tsmoe import ranks as ranks_module
 from tsmoe.batch import WindowBatch
 from tsmoe.config import merge_layers

@@ -4,8 +4,8 @@ import os
 import time
 
 import pytest
-from rank_pool import RankError, run_on_ranks
 
+from rank_pool import RankError, run_on_ranks
 from tsmoe import ranks as ranks_module
 
 

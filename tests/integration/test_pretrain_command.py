@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small_run import SMALL, build_small_corpus
 
+from small_run import SMALL, build_small_corpus
 from tsmoe.__main__ import main
 from tsmoe.checkpoint import saver as saver_module
 from tsmoe.config import merge_layers

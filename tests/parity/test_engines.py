@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rank_pool import run_on_ranks
 from small_run import (
     StepsRun,
@@ -15,7 +16,6 @@ from small_run import (
     run_steps,
     small_config,
 )
-
 from tsmoe.config import merge_layers
 from tsmoe.train.run_config import RunConfig
 

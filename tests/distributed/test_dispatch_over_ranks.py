@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from rank_pool import run_on_ranks
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rank_pool import run_on_ranks
 from tsmoe import ranks as ranks_module
 from tsmoe.moe.dispatch import run_experts
 from tsmoe.moe.experts import ExpertCompute, Experts
