@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsmoe.checkpoint.layout import write_text
+from tsmoe.errors import CheckpointError
 from tsmoe.moe.routers import AnyRouter
 from tsmoe.train.step import StepReport
 
@@ -48,7 +50,8 @@ class MetricsWriter:
 
         path = run / "metrics.jsonl"
         _keep_before(path, first_step)
-        self._lines: TextIO = path.open("a", encoding="utf-8")
+        # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
+        self._lines: FileIO = path.open("ab", buffering=0)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         self._log_every_steps = log_every_steps
 
@@ -106,8 +109,13 @@ class MetricsWriter:
         self._board.close()
 
     def _write_line(self, values: dict[str, Any]) -> None:
-        self._lines.write(json.dumps(values) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(f"{json.dumps(values)}\n".encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._lines.name}: cannot be written ({error}); free some space and start the "
+                "same command again: it resumes from the last checkpoint"
+            ) from error
 
     def _write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         for tag, value in scalars.items():

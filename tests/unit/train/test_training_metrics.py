@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tsmoe.errors import CheckpointError
 from tsmoe.train.metrics import MetricsWriter, expert_metrics
 from tsmoe.train.step import StepReport
 
@@ -77,3 +78,13 @@ def test_validation_loss_is_a_line_of_its_own(tmp_path: Path) -> None:
     writer.write_validation(7, 1.5)
     writer.close()
     assert lines(tmp_path) == [{"step": 7, "loss/validation": 1.5}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, first_step=0, log_every_steps=1)
+    writer._lines.close()
+    writer._lines = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(CheckpointError, match=r"/dev/full: cannot be written .*No space left"):
+        writer.write_validation(0, 1.0)
+    writer.close()
