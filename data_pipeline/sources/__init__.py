@@ -1,8 +1,9 @@
 """Sources of series. A source is a frozen config with a `type` tag and these methods:
 
 `anchored(folder)` resolves paths against the folder of the corpus YAML, `files()` lists the local
-files it reads, and `records()` yields each series as a `SeriesRecord`, or as a `Drop` where a row
-holds none. A new source is one file here and one line in the union.
+files it reads, `units()` the pieces that are read by themselves, and `read(unit)` yields each
+series of a piece as a `SeriesRecord`, or as a `Drop` where a row holds none. A new source is one
+file here and one line in the union.
 """
 
 from typing import Annotated

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.sources.files import FileSource
+from data_pipeline.sources.unit import Unit
 from data_pipeline.sources.wide import wide_records
 
 
@@ -19,7 +21,7 @@ class CsvSource(FileSource):
     columns: tuple[str, ...] | None = None
     """Variates to take; all if not given."""
 
-    def records(self) -> Iterator[SeriesRecord | Drop]:
-        """Yield one series per file and variate."""
-        for file in self.files():
-            yield from wide_records(file, self, time_column=self.time_column, columns=self.columns)
+    def read(self, unit: Unit) -> Iterator[SeriesRecord | Drop]:
+        """Yield one series per variate of a file."""
+        file = Path(unit.file)
+        yield from wide_records(file, self, time_column=self.time_column, columns=self.columns)

@@ -8,13 +8,14 @@ from typing import Self
 from pydantic import ConfigDict
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.sources.unit import ReadsUnits, Unit
 
 UNKNOWN_DOMAIN = "unspecified"
 """Domain of a series where neither the data nor the configuration names one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileSource:
+class FileSource(ReadsUnits):
     """Files on disk, and names that override what stands in them."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -45,3 +46,7 @@ class FileSource:
         if not files:
             raise ConfigError(f"path: no file matches {self.path!r}; check the path of the source")
         return files
+
+    def units(self) -> tuple[Unit, ...]:
+        """One unit per file, unless a source knows its files' parts."""
+        return tuple(Unit(file=str(file), size_bytes=file.stat().st_size) for file in self.files())

@@ -13,6 +13,7 @@ from pydantic import ConfigDict
 from data_pipeline.errors import ConfigError, DataError, TsmoeError
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.sources.rows import RowReader
+from data_pipeline.sources.unit import ReadsUnits, Unit
 
 if TYPE_CHECKING:
     import datasets
@@ -24,7 +25,7 @@ _FORMATS = {".arrow": "arrow", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubSource:
+class HubSource(ReadsUnits):
     """UTSD (arXiv 2402.02368) or a data set of its layout: one series per row, in `target`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -71,7 +72,12 @@ class HubSource:
             )
         return files
 
-    def records(self) -> Iterator[SeriesRecord | Drop]:
+    def units(self) -> tuple[Unit, ...]:
+        """Take the whole split as one piece."""
+        size = sum(file.stat().st_size for file in self.files())
+        return (Unit(file=self.path, size_bytes=size),)
+
+    def read(self, unit: Unit) -> Iterator[SeriesRecord | Drop]:
         """Yield all series of the split.
 
         Raises:

@@ -12,6 +12,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.sources.files import FileSource
 from data_pipeline.sources.rows import TARGET, RowReader
+from data_pipeline.sources.unit import Unit
 from data_pipeline.sources.wide import wide_records
 
 _READ_BYTES = 2**20
@@ -36,15 +37,13 @@ class ParquetSource(FileSource):
         if self.layout == "series" and (self.time_column or self.columns):
             raise ValueError("time_column and columns are for layout: wide, but layout is series")
 
-    def records(self) -> Iterator[SeriesRecord | Drop]:
-        """Yield all series of all files."""
-        for file in self.files():
-            if self._is_wide(file):
-                yield from wide_records(
-                    file, self, time_column=self.time_column, columns=self.columns
-                )
-            else:
-                yield from self._series(file)
+    def read(self, unit: Unit) -> Iterator[SeriesRecord | Drop]:
+        """Yield all series of a file."""
+        file = Path(unit.file)
+        if self._is_wide(file):
+            yield from wide_records(file, self, time_column=self.time_column, columns=self.columns)
+        else:
+            yield from self._series(file)
 
     def _is_wide(self, file: Path) -> bool:
         if self.layout != "auto":
