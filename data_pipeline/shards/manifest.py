@@ -32,6 +32,8 @@ class ShardEntry:
     points: int
     bytes: int
     sha256: str
+    held_out: list[int] = field(default_factory=list)
+    """Rows whose series are never trained on."""
 
 
 @dataclass(kw_only=True)

@@ -44,10 +44,15 @@ class ShardWriter:
         self._buffer = np.empty(max(1, shard_size_bytes // _VALUE_BYTES), np.float32)
         self._points = 0
         self._records: list[SeriesRecord] = []
+        self._held_out: list[int] = []
         self._shards: list[ShardEntry] = []
 
-    def add(self, record: SeriesRecord) -> None:
+    def add(self, record: SeriesRecord, *, is_held_out: bool = False) -> None:
         """Take a copy of a series; may write a shard.
+
+        Args:
+            record: the series.
+            is_held_out: whether no point of it may be trained on.
 
         Raises:
             DataError: if a shard cannot be written.
@@ -57,8 +62,11 @@ class ShardWriter:
         if num_bytes > self.shard_size_bytes:
             self._flush()
         if size > len(self._buffer):
-            self._write([record], np.ascontiguousarray(record.values, np.float32))
+            alone = np.ascontiguousarray(record.values, np.float32)
+            self._write([record], alone, held_out=[0] if is_held_out else [])
             return
+        if is_held_out:
+            self._held_out.append(len(self._records))
         values = self._buffer[self._points : self._points + size]
         values[:] = record.values
         self._points += size
@@ -71,28 +79,44 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._records:
-            self._write(self._records, self._buffer[: self._points])
+            self._write(self._records, self._buffer[: self._points], held_out=self._held_out)
         self._records = []
+        self._held_out = []
         self._points = 0
 
-    def _write(self, records: list[SeriesRecord], values: np.ndarray) -> None:
-        path = self.folder / f"part-{len(self._shards):05d}.arrow"
+    def _write(
+        self, records: list[SeriesRecord], values: np.ndarray, *, held_out: list[int]
+    ) -> None:
+        path = self.folder / shard_name(len(self._shards))
         batch = SeriesBatch.from_records(records, values, train_fraction=self.train_fraction).batch
-        with (
-            durable_file(path, batch.nbytes) as partial,
-            partial.open("wb") as file,
-            pa.ipc.new_file(file, SCHEMA) as shard,
-        ):
-            shard.write_batch(batch)
-        self._shards.append(
-            ShardEntry(
-                file=path.name,
-                rows=len(records),
-                points=len(values),
-                bytes=path.stat().st_size,
-                sha256=file_sha256(path),
-            )
-        )
+        self._shards.append(write_shard(path, batch, held_out=held_out))
+
+
+def shard_name(number: int) -> str:
+    """Name the file of a shard."""
+    return f"part-{number:05d}.arrow"
+
+
+def write_shard(path: Path, batch: pa.RecordBatch, *, held_out: list[int]) -> ShardEntry:
+    """Write one shard, whole or not at all.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    with (
+        durable_file(path, batch.nbytes) as partial,
+        partial.open("wb") as file,
+        pa.ipc.new_file(file, SCHEMA) as shard,
+    ):
+        shard.write_batch(batch)
+    return ShardEntry(
+        file=path.name,
+        rows=batch.num_rows,
+        points=len(batch.column("target").values),
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        held_out=held_out,
+    )
 
 
 def file_sha256(path: Path) -> str:
