@@ -5,7 +5,6 @@ Columns: `target` holds the values, flat or one list per variate; `item_id`, `st
 """
 
 import datetime as dt
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,13 +16,12 @@ from data_pipeline.errors import DataError
 from data_pipeline.frequency import modern_alias
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.sources.files import UNKNOWN_DOMAIN
+from data_pipeline.sources.names import utsd_names
 from data_pipeline.steps.clean import BAD_TIMESTAMP, NOT_NUMERIC
 
 TARGET = "target"
 
 _LIST_CHECKS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-# "Health_MotorImagery_12": domain, data set, and numbers that count its series.
-_UTSD_ITEM = re.compile(r"(Energy|Environment|Health|IoT|Nature|Transport|Web)_(.+?)(?:_\d+)*")
 
 
 @dataclass(kw_only=True)
@@ -84,13 +82,13 @@ class RowReader:
 
     def _names(self, rows: "_Rows", row: int, item_id: str) -> tuple[str, str]:
         """Return domain and source: the user's, else the row's, else those in a UTSD item_id."""
-        match = _UTSD_ITEM.fullmatch(item_id)
-        domain = self.domain or rows.text("domain", row) or (match and match[1]) or UNKNOWN_DOMAIN
+        names = utsd_names(item_id)
+        domain = self.domain or rows.text("domain", row) or (names and names[0]) or UNKNOWN_DOMAIN
         source = (
             self.source
             or rows.text("dataset", row)
             or rows.text("source", row)
-            or (match and match[2])
+            or (names and names[1])
             or self.name
         )
         return domain, source
