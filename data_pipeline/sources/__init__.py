@@ -12,9 +12,21 @@ from pydantic import Field
 
 from data_pipeline.sources.csv import CsvSource
 from data_pipeline.sources.hub import HubSource
+from data_pipeline.sources.npy import NpySource
 from data_pipeline.sources.parquet import ParquetSource
+from data_pipeline.sources.time300b import Time300bSource
 
-SOURCE_TYPES = (ParquetSource, CsvSource, HubSource)
-SourceConfig = Annotated[ParquetSource | CsvSource | HubSource, Field(discriminator="type")]
+SOURCE_TYPES = (ParquetSource, CsvSource, HubSource, NpySource, Time300bSource)
+SourceConfig = Annotated[
+    ParquetSource | CsvSource | HubSource | NpySource | Time300bSource, Field(discriminator="type")
+]
 
-__all__ = ["SOURCE_TYPES", "CsvSource", "HubSource", "ParquetSource", "SourceConfig"]
+__all__ = [
+    "SOURCE_TYPES",
+    "CsvSource",
+    "HubSource",
+    "NpySource",
+    "ParquetSource",
+    "SourceConfig",
+    "Time300bSource",
+]

@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from source_examples import EXPECTED, FORMAT_EXAMPLES
 
 from data_pipeline.config import decode_corpus_config
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.sources import SOURCE_TYPES, CsvSource, HubSource, ParquetSource
-
-EXPECTED = np.array([[1, 2, np.nan, 4], [8, 7, 6, 5]], np.float32)
 
 
 def csv_example(folder: Path) -> CsvSource:
@@ -41,6 +40,7 @@ EXAMPLES: dict[type, Callable[[Path], object]] = {
     CsvSource: csv_example,
     ParquetSource: parquet_example,
     HubSource: hub_example,
+    **FORMAT_EXAMPLES,
 }
 
 

@@ -1,0 +1,38 @@
+"""The same two series in the format of every source that has one of its own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.sources import NpySource, Time300bSource
+
+EXPECTED = np.array([[1, 2, np.nan, 4], [8, 7, 6, 5]], np.float32)
+
+
+def npy_example(folder: Path) -> NpySource:
+    np.save(folder / "data.npy", EXPECTED.T)
+    return NpySource(path="data.npy")
+
+
+def time300b_example(folder: Path) -> Time300bSource:
+    leaf = folder / "corpus" / "web" / "visits"
+    leaf.mkdir(parents=True)
+    values = EXPECTED.ravel()
+    values[:3].tofile(leaf / "data-1-of-2.bin")
+    values[3:].tofile(leaf / "data-2-of-2.bin")
+    meta = {
+        "num_sequences": 2,
+        "dtype": "float32",
+        "files": {"data-1-of-2.bin": 3, "data-2-of-2.bin": 5},
+        "scales": [{"offset": 0, "length": 4}, {"offset": 4, "length": 4}],
+    }
+    (leaf / "meta.json").write_text(json.dumps(meta))
+    return Time300bSource(path="corpus")
+
+
+FORMAT_EXAMPLES: dict[type, Callable[[Path], object]] = {
+    NpySource: npy_example,
+    Time300bSource: time300b_example,
+}
