@@ -15,7 +15,7 @@ from data_pipeline.config import CorpusConfig
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.progress import Progress, SilentProgress
 from data_pipeline.record import Drop, SeriesRecord
-from data_pipeline.shards.durable import PARTIAL_SUFFIX
+from data_pipeline.storage.durable import PARTIAL_SUFFIX
 from data_pipeline.shards.manifest import (
     BUILDING_FILE,
     MANIFEST_FILE,
@@ -106,7 +106,7 @@ def _build(
     if not shards:
         raise DataError(f"no series is left to write to {folder}: {tally.describe_drops()}")
     manifest = Manifest(
-        fingerprint=corpus_fingerprint([shard.sha256 for shard in shards], config.train_fraction),
+        fingerprint=corpus_fingerprint(shards, config.train_fraction),
         train_fraction=config.train_fraction,
         shards=shards,
         sources=dict(sorted(tally.sources.items())),

@@ -5,15 +5,15 @@ It is written last, so a folder without one is not a corpus.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.durable import durable_file
+from data_pipeline.storage.store import Store
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -34,6 +34,15 @@ class ShardEntry:
     sha256: str
     held_out: list[int] = field(default_factory=list)
     """Rows whose series are never trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexEntry:
+    """The series index, `series.arrow`."""
+
+    file: str
+    bytes: int
+    sha256: str
 
 
 @dataclass(kw_only=True)
@@ -89,6 +98,8 @@ class Manifest:
     config: dict[str, Any]  # Any: the corpus configuration as JSON
     config_hash: str
     inputs: list[InputFile]
+    index: IndexEntry | None = None
+    """None in a corpus of an older program: its shards tell what the index would."""
 
     @property
     def num_series(self) -> int:
@@ -103,16 +114,20 @@ class Manifest:
         return sum(drops.count for drops in self.drops.values())
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Read the manifest of a corpus folder.
+    def read(cls, where: str | os.PathLike[str] | Store) -> "Manifest":
+        """Read the manifest of a corpus.
+
+        Args:
+            where: folder, URL or store of the corpus.
 
         Raises:
             DataError: if it is missing, damaged, or of another schema version.
         """
-        path = folder / MANIFEST_FILE
-        if not path.is_file():
-            raise DataError(_why_no_manifest(folder))
-        content = path.read_bytes()
+        store = Store.at(where)
+        if not store.exists(MANIFEST_FILE):
+            raise DataError(_why_no_manifest(store))
+        path = store.path_of(MANIFEST_FILE)
+        content = store.read_bytes(MANIFEST_FILE)
         try:
             version = json.loads(content)["schema_version"]
         except (ValueError, TypeError, KeyError) as error:
@@ -133,27 +148,34 @@ class Manifest:
                 f"{path}: {key}: {first['msg']}; build the corpus again or copy the manifest again"
             ) from error
 
-    def write(self, folder: Path) -> None:
+    def write(self, where: str | os.PathLike[str] | Store) -> None:
         """Write the manifest, whole or not at all."""
-        content = self.to_json(indent=1)
-        with durable_file(folder / MANIFEST_FILE, len(content)) as partial:
-            partial.write_bytes(content)
+        Store.at(where).write_bytes(MANIFEST_FILE, self.to_json(indent=1))
 
     def to_json(self, *, indent: int | None = None) -> bytes:
         """Return the manifest as JSON."""
         return _ADAPTER.dump_json(self, indent=indent)
 
-    def check_sizes(self, folder: Path) -> list[str]:
+    def check_sizes(self, where: str | os.PathLike[str] | Store) -> list[str]:
         """Name the shards that are missing or not as long as they should be."""
+        store = Store.at(where)
+        expected = {shard.file: shard.bytes for shard in self.shards}
+        if self.index is not None:
+            expected[self.index.file] = self.index.bytes
+        # One listing of a remote store costs less than a question for each of its files.
+        listed = None if store.is_local else store.files()
         problems = []
-        for shard in self.shards:
-            path = folder / shard.file
-            if not path.is_file():
-                problems.append(f"{path}: the shard is missing; rebuild or copy again")
-            elif (found := path.stat().st_size) != shard.bytes:
+        for name, size in expected.items():
+            found = store.size(name) if listed is None else listed.get(name)
+            what = "shard" if self.index is None or name != self.index.file else "series index"
+            if found is None:
                 problems.append(
-                    f"{path}: the shard is damaged, expected {shard.bytes} bytes but found {found};"
-                    f" rebuild or copy again"
+                    f"{store.path_of(name)}: the {what} is missing; rebuild or copy again"
+                )
+            elif found != size:
+                problems.append(
+                    f"{store.path_of(name)}: the {what} is damaged, expected {size} bytes but "
+                    f"found {found}; rebuild or copy again"
                 )
         return problems
 
@@ -161,15 +183,18 @@ class Manifest:
 _ADAPTER = TypeAdapter(Manifest)
 
 
-def corpus_fingerprint(shard_hashes: Sequence[str], train_fraction: float) -> str:
+def corpus_fingerprint(shards: Sequence[ShardEntry], train_fraction: float) -> str:
     """Hash what decides which points a run may see: schema version, split and shards, in order."""
-    identity = [SCHEMA_VERSION, train_fraction, list(shard_hashes)]
+    identity: list[object] = [SCHEMA_VERSION, train_fraction, [shard.sha256 for shard in shards]]
+    held_out = [shard.held_out for shard in shards]
+    if any(held_out):  # else the same as before series could be held out
+        identity.append(held_out)
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def _why_no_manifest(folder: Path) -> str:
-    if not folder.exists():
-        return f"{folder}: no such folder; build a corpus with `tsmoe data build`"
-    if (folder / BUILDING_FILE).exists():
-        return f"{folder}: the build has not finished; run the same `tsmoe data build` again"
-    return f"{folder}: is no corpus, it has no {MANIFEST_FILE}; build one with `tsmoe data build`"
+def _why_no_manifest(store: Store) -> str:
+    if store.is_local and not store.local_path("").exists():
+        return f"{store}: no such folder; build a corpus with `tsmoe data build`"
+    if store.exists(BUILDING_FILE) or store.files(BUILDING_FILE):
+        return f"{store}: the build has not finished; run the same `tsmoe data build` again"
+    return f"{store}: is no corpus, it has no {MANIFEST_FILE}; build one with `tsmoe data build`"

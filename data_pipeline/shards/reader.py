@@ -1,74 +1,108 @@
 """Reading a corpus: memory-mapped shards, and windows gathered out of them.
 
-Nothing is loaded: values stay in the page cache, which all processes of a machine share. Only a
-few integers per series are held in memory.
+Nothing is loaded: values stay in the page cache, which all processes of a machine share, and shards
+are opened when they are first read. Only a few numbers per series are held in memory.
 
 B windows
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.record import SeriesBatch, SeriesRecord, Statistics
+from data_pipeline.shards.index import SeriesIndex, read_index
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.resident import ResidentShards, open_shard
 from data_pipeline.steps.split import train_length
+from data_pipeline.storage.cache import FileCache
+from data_pipeline.storage.store import Store
+
+__all__ = ["Corpus", "open_shard"]
 
 
 class Corpus:
-    """A corpus on local disk; series have numbers from 0, in the order of the shards.
+    """A corpus on local disk or in a remote store; series have numbers from 0, in shard order.
 
     Can be pickled and used after a fork: a copy opens the memory maps again and refuses a corpus
     that has changed meanwhile.
 
     Attributes:
-        path: the folder.
-        manifest: what the folder holds.
+        path: the folder; of a remote corpus its URL, for messages.
+        store: where its files lie.
+        manifest: what it holds.
         fingerprint: identity of the data.
+        index: what is known of the series without opening a shard.
         num_series: number of series.
         lengths: int64 per series, its points.
-        train_lengths: int64 per series, the points of its training part.
+        train_lengths: int64 per series, the points of its training part; 0 where it is held out.
         sources: names of the data sets, sorted.
         source_ids: int32 per series, position in `sources`.
         domains: names of the domains, sorted.
         domain_ids: int32 per series, position in `domains`.
+        held_out: bool per series, whether none of its points may be trained on.
+        series_shards: int32 per series, the shard it lies in.
+        max_resident_shards: of a remote corpus, how many shards its cache holds; else None.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, batches: list[SeriesBatch]) -> None:
-        self.path = path
+    def __init__(
+        self, store: Store, manifest: Manifest, index: SeriesIndex, cache: FileCache | None
+    ) -> None:
+        self.store = store
+        self.path: Path | str = store.local_path("") if store.is_local else str(store)
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
+        self.index = index
         self.num_series = manifest.num_series
-        self.lengths = np.concatenate([np.diff(batch.offsets) for batch in batches])
+        self.lengths = index.lengths
         self.train_lengths = train_length(self.lengths, manifest.train_fraction)
-        self.sources, self.source_ids = _encode([batch.sources for batch in batches])
-        self.domains, self.domain_ids = _encode([batch.domains for batch in batches])
-        self._batches = batches
-        # Where each series starts within the values of its shard, and which shard that is.
-        self._offsets = np.concatenate([batch.offsets[:-1] for batch in batches])
-        self._first_series = np.cumsum([0] + [len(batch) for batch in batches])
+        self.train_lengths[index.held_out] = 0
+        self.sources, self.source_ids = index.sources, index.source_ids
+        self.domains, self.domain_ids = index.domains, index.domain_ids
+        self.held_out = index.held_out
+        rows = np.array([shard.rows for shard in manifest.shards])
+        self.series_shards = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
+        self.max_resident_shards = None
+        if cache is not None:
+            largest = max(shard.bytes for shard in manifest.shards)
+            self.max_resident_shards = cache.limit_bytes // largest
+        self._cache = cache
+        self._batches = ResidentShards(store, manifest.shards, cache)
+        self._first_series = np.cumsum([0, *rows])
+        # Where each series starts within the values of its shard.
+        self._offsets = self._count_offsets()
 
     @classmethod
-    def open(cls, path: str | Path) -> "Corpus":
-        """Open a corpus folder.
+    def open(
+        cls, where: str | os.PathLike[str] | Store, *, cache: FileCache | None = None
+    ) -> "Corpus":
+        """Open a corpus.
+
+        Args:
+            where: folder or URL.
+            cache: for a remote corpus; default: the one of this node, see `FileCache.of_node`.
 
         Raises:
-            DataError: if the manifest is missing or damaged, a shard is missing, truncated or
-                unreadable, or there is no series.
+            DataError: if the manifest is missing or damaged, a shard of a local corpus is missing
+                or truncated, or there is no series.
         """
-        folder = Path(path)
-        manifest = Manifest.read(folder)
-        problems = manifest.check_sizes(folder)
-        if problems:
-            more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
-            raise DataError(problems[0] + more)
+        store = Store.at(where)
+        manifest = Manifest.read(store)
         if manifest.num_series == 0:
-            raise DataError(f"{folder}: the corpus is empty; build it again from other sources")
-        return cls(folder, manifest, [open_shard(folder / item.file) for item in manifest.shards])
+            raise DataError(f"{store}: the corpus is empty; build it again from other sources")
+        if store.is_local:
+            cache = None
+            if problems := manifest.check_sizes(store):
+                more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
+                raise DataError(problems[0] + more)
+        elif cache is None:
+            cache = FileCache.of_node()
+        return cls(store, manifest, _load_index(store, manifest, cache), cache)
 
     def item_id(self, index: int) -> str:
         """Name of a series."""
@@ -92,7 +126,15 @@ class Corpus:
 
     def observed_fractions(self) -> np.ndarray:
         """Share of observed points of every series, float32."""
-        return np.concatenate([batch.observed_fractions for batch in self._batches])
+        return self.index.observed_fractions
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begin to bring shards of a remote corpus onto this node, in this order; returns at once.
+
+        Args:
+            shards: their numbers, see `series_shards`.
+        """
+        self._batches.prefetch(shards)
 
     def find(self, item_id: str) -> int:
         """Return the number of the first series of that name.
@@ -100,10 +142,10 @@ class Corpus:
         Raises:
             DataError: if there is none.
         """
-        for first, batch in zip(self._first_series, self._batches, strict=False):
-            row = pc.index(batch.item_ids, item_id).as_py()
+        for shard in range(len(self._batches)):
+            row = pc.index(self._batches[shard].item_ids, item_id).as_py()
             if row >= 0:
-                return int(first) + row
+                return int(self._first_series[shard]) + row
         raise DataError(
             f"{self.path}: no series is named {item_id!r}; names look like {self.item_id(0)!r}"
         )
@@ -170,50 +212,41 @@ class Corpus:
         shard = int(np.searchsorted(self._first_series, index, side="right")) - 1
         return self._batches[shard], index - int(self._first_series[shard])
 
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return _reopen, (os.fspath(self.path.absolute()), self.fingerprint)
+    def _count_offsets(self) -> NDArray[np.int64]:
+        ends = np.cumsum(self.lengths)
+        ends -= self.lengths
+        ends -= ends[self._first_series[:-1]][self.series_shards]
+        return ends
+
+    def __reduce__(self) -> tuple[object, tuple[Store, str, FileCache | None]]:
+        return _reopen, (self.store, self.fingerprint, self._cache)
 
 
-def open_shard(path: Path) -> SeriesBatch:
-    """Memory-map one shard.
-
-    Raises:
-        DataError: if it is no Arrow file, or does not hold exactly one record batch.
-    """
-    try:
-        file = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
-        num_batches = file.num_record_batches
-        batch = file.get_batch(0) if num_batches == 1 else None
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{path}: the shard cannot be read ({reason}); rebuild or copy again"
-        ) from error
-    if batch is None:
-        raise DataError(
-            f"{path}: the shard has {num_batches} record batches, expected 1; rebuild or copy again"
-        )
-    return SeriesBatch(batch)
+def _load_index(store: Store, manifest: Manifest, cache: FileCache | None) -> SeriesIndex:
+    """Map the series index; where a corpus has none, ask all shards."""
+    entry = manifest.index
+    if entry is not None and cache is None:
+        path = store.local_path(entry.file)
+        return read_index(path, name=str(path), num_series=manifest.num_series)
+    if entry is not None and cache is not None:
+        name = store.path_of(entry.file)
+        # The mapping stays readable if the cache removes the file later.
+        with cache.hold(store, entry.file, size=entry.bytes, sha256=entry.sha256) as file:
+            return read_index(file.path, name=name, num_series=manifest.num_series)
+    shards = ResidentShards(store, manifest.shards, cache)
+    return SeriesIndex.join(
+        [
+            SeriesIndex.of_shard(shards[number], shard.held_out)
+            for number, shard in enumerate(manifest.shards)
+        ]
+    )
 
 
-def _reopen(path: str, fingerprint: str) -> Corpus:
-    corpus = Corpus.open(path)
+def _reopen(store: Store, fingerprint: str, cache: FileCache | None) -> Corpus:
+    corpus = Corpus.open(store, cache=cache)
     if corpus.fingerprint != fingerprint:
         raise DataError(
-            f"{path}: the corpus was rebuilt while in use (fingerprint {corpus.fingerprint[:12]}, "
+            f"{store}: the corpus was rebuilt while in use (fingerprint {corpus.fingerprint[:12]}, "
             f"expected {fingerprint[:12]}); start the run again"
         )
     return corpus
-
-
-def _encode(columns: list[pa.DictionaryArray]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Merge dictionary columns: sorted names, and int32 positions among them."""
-    names = tuple(sorted({name for column in columns for name in column.dictionary.to_pylist()}))
-    position = {name: index for index, name in enumerate(names)}
-    ids = [
-        np.array([position[name] for name in column.dictionary.to_pylist()], np.int32)[
-            column.indices.to_numpy()
-        ]
-        for column in columns
-    ]
-    return names, np.concatenate(ids)

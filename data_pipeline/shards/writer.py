@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.record import SCHEMA, SeriesBatch, SeriesRecord
-from data_pipeline.shards.durable import durable_file
 from data_pipeline.shards.manifest import ShardEntry
+from data_pipeline.storage.durable import durable_file
 
 SHARD_PATTERN = "part-[0-9][0-9][0-9][0-9][0-9].arrow"
 DEFAULT_SHARD_SIZE_BYTES = 256 * 2**20

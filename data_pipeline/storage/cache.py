@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +101,8 @@ class FileCache:
         *,
         size: int,
         sha256: str,
-        waits: bool = True,
         checks_content: bool = False,
+        when_full: Callable[[], None] | None = None,
     ) -> CachedFile:
         """Download a file unless it is here, and keep it here until it is closed.
 
@@ -111,9 +111,10 @@ class FileCache:
             name: its name there.
             size: its bytes.
             sha256: of its content.
-            waits: whether to wait for room where all of it is in use.
             checks_content: also read a file that is here already, and replace it if it is damaged;
                 else only its size is compared.
+            when_full: called once when all of the cache is in use, to let go of what the caller
+                itself holds.
 
         Raises:
             DataError: if it is larger than the cache, there is no room, the disk is full, or the
@@ -132,22 +133,41 @@ class FileCache:
             held = self._held_if_whole(path, size, sha256 if checks_content else None)
             if held is not None:
                 return held
-            partial = self._begin(path, size)
+            partial = self._begin(path, size, waits=True)
             if partial is not None:
                 with partial:
                     self._download(partial, store, name, size=size, sha256=sha256)
             if partial is not None or path.exists():
                 deadline = None
                 continue
+            now = time.monotonic()
             if deadline is None:
-                deadline = time.monotonic() + (self.patience_seconds if waits else 0)
-            if time.monotonic() >= deadline:
+                deadline = now + self.patience_seconds
+                if when_full is not None:
+                    when_full()
+                    continue
+            if now >= deadline:
                 raise DataError(
                     f"{what}: the cache {self.folder} ({self.limit_bytes} bytes) has no room for "
                     f"{size} bytes, all of it is in use; raise {LIMIT_VARIABLE}, or hold fewer "
                     f"shards at a time (data.resident_shards)"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def prefetch(self, store: Store, name: str, *, size: int, sha256: str) -> None:
+        """Download a file, unless it is here, another process is at it, or there is no room.
+
+        Raises:
+            DataError: if the store has no such file or another one, or cannot be read.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / sha256
+        if size > self.limit_bytes or path.exists():
+            return
+        partial = self._begin(path, size, waits=False)
+        if partial is not None:
+            with partial:
+                self._download(partial, store, name, size=size, sha256=sha256)
 
     def used_bytes(self) -> int:
         """Count what is here, downloads with their final size."""
@@ -170,19 +190,19 @@ class FileCache:
         held.close()
         return None
 
-    def _begin(self, path: Path, size: int) -> CachedFile | None:
+    def _begin(self, path: Path, size: int, *, waits: bool) -> CachedFile | None:
         """Reserve room and lock the file to download to.
 
-        Waits for another process that downloads the same. None if the file has arrived meanwhile,
-        or there is no room.
+        None if the file has arrived meanwhile, there is no room, or another process downloads it
+        and this one does not wait for that.
         """
         partial = path.with_name(f"{path.name}.{size}{PARTIAL_SUFFIX}")
         while True:
-            if partial.exists():
-                logger.info("%s: waiting for, or going on with, a download begun before", path)
-            descriptor = _lock(partial, os.O_RDWR, fcntl.LOCK_EX)
+            descriptor = _lock(partial, os.O_RDWR, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
             if descriptor is not None:
                 return CachedFile(partial, descriptor)
+            if not waits and partial.exists():
+                return None
             with self._sizes_locked():
                 if partial.exists():
                     continue

@@ -24,6 +24,9 @@ class LocalStore(Store):
     def __str__(self) -> str:
         return self.location
 
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return LocalStore, (self.folder.absolute(),)  # the copy may live in another folder
+
     @property
     def is_local(self) -> bool:
         return True

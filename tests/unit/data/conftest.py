@@ -55,7 +55,7 @@ def make_corpus(tmp_path: Path) -> MakeCorpus:
                 number += 1
         shards = writer.close()
         Manifest(
-            fingerprint=corpus_fingerprint([shard.sha256 for shard in shards], train_fraction),
+            fingerprint=corpus_fingerprint(shards, train_fraction),
             train_fraction=train_fraction,
             shards=shards,
             sources={source: SourceEntry(series=len(of)) for source, of in lengths.items()},

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.record import SCHEMA
 from data_pipeline.shards import Corpus, Manifest
-from data_pipeline.shards.manifest import corpus_fingerprint
+from data_pipeline.shards.manifest import ShardEntry, corpus_fingerprint
 from data_pipeline.shards.verify import verify_corpus
 from data_pipeline.shards.writer import ShardWriter
 
@@ -104,7 +105,7 @@ def test_shard_that_is_no_arrow_file_is_named(folder) -> None:
     shard = folder / "part-00000.arrow"
     shard.write_bytes(b"x" * shard.stat().st_size)
     with pytest.raises(DataError, match=r"part-00000\.arrow.*cannot be read"):
-        Corpus.open(folder)
+        Corpus.open(folder).series(0)
 
 
 def test_shard_that_the_manifest_does_not_know_is_a_problem(folder) -> None:
@@ -138,12 +139,21 @@ def test_damaged_manifest_is_refused(folder) -> None:
 
 
 def test_fingerprint_depends_on_split_and_order_of_shards() -> None:
+    a, b = (ShardEntry(file=name, rows=2, points=9, bytes=9, sha256=name) for name in "ab")
     prints = {
-        corpus_fingerprint(["a", "b"], 0.9),
-        corpus_fingerprint(["b", "a"], 0.9),
-        corpus_fingerprint(["a", "b"], 0.8),
+        corpus_fingerprint([a, b], 0.9),
+        corpus_fingerprint([b, a], 0.9),
+        corpus_fingerprint([a, b], 0.8),
+        corpus_fingerprint([replace(a, held_out=[1]), b], 0.9),
+        corpus_fingerprint([a, replace(b, held_out=[1])], 0.9),
     }
-    assert len(prints) == 3
+    assert len(prints) == 5
+
+
+def test_fingerprint_without_held_out_series_is_that_of_older_programs() -> None:
+    shard = ShardEntry(file="a", rows=2, points=9, bytes=9, sha256="a")
+    identity = json.dumps([1, 0.9, ["a"]]).encode()
+    assert corpus_fingerprint([shard], 0.9) == hashlib.sha256(identity).hexdigest()
 
 
 def test_full_disk_names_path_and_bytes_and_leaves_no_shard(
