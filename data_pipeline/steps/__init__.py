@@ -1,1 +1,1 @@
-"""Steps between a source and the shards: which series stay, and where each is split in time."""
+"""Steps between a source and the shards: what is measured, which series stay, what is made of them."""
