@@ -30,6 +30,7 @@ from data_pipeline.shards.manifest import (
 from data_pipeline.shards.writer import SHARD_PATTERN, ShardWriter
 from data_pipeline.sources import SourceConfig
 from data_pipeline.steps.clean import Cleaner
+from data_pipeline.steps.quality import QualityConfig, measure
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +89,18 @@ def _build(
     writer = ShardWriter(
         folder, train_fraction=config.train_fraction, shard_size_bytes=config.shard_size_bytes
     )
-    cleaner = Cleaner(config.clean, config.train_fraction)
+    cleaner = Cleaner(config.clean)
+    quality = QualityConfig()
     for source in config.sources:
         for item in source.records():
             match item:
                 case Drop():
                     tally.drop(item)
                 case SeriesRecord():
-                    reason = cleaner.reason_to_drop(item)
+                    measurements = measure(
+                        item.values, train_fraction=config.train_fraction, config=quality
+                    )
+                    reason = cleaner.reason_to_drop(item, measurements)
                     if reason is not None:
                         tally.drop(Drop(item_id=item.item_id, source=item.source, reason=reason))
                         continue

@@ -1,14 +1,37 @@
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from data_pipeline.steps.clean import CleanConfig, Cleaner
+from data_pipeline.steps.quality import Measurements, QualityConfig, measure
 
 NAN = np.nan
 
-
-@pytest.fixture
-def cleaner() -> Cleaner:
-    return Cleaner(CleanConfig(min_length=4, max_missing_fraction=0.5), train_fraction=0.8)
+SOUND = Measurements(
+    length=1000,
+    has_infinite=False,
+    train_observed=900,
+    train_is_constant=False,
+    missing_fraction=0.0,
+    longest_gap_fraction=0.0,
+    constant_fraction=0.0,
+    clipped_fraction=0.0,
+    spike_fraction=0.0,
+    worst_spike=1.0,
+    adf=-5.0,
+    forecastability=0.4,
+)
+EVERY_THRESHOLD = {
+    "max_missing_fraction": 0.2,
+    "max_gap_fraction": 0.05,
+    "max_constant_fraction": 0.5,
+    "max_clipped_fraction": 0.2,
+    "max_spike_fraction": 0.25,
+    "max_adf": -2.0,
+    "min_forecastability": 0.1,
+}
 
 
 @pytest.mark.parametrize(
@@ -21,27 +44,74 @@ def cleaner() -> Cleaner:
         ([NAN] * 5, "no_observation"),
         ([NAN, NAN, NAN, NAN, 5], "no_observation"),  # nothing to train on
         ([1, 2, NAN, NAN, NAN], "too_many_missing"),
+        ([1, 2, NAN, NAN, 5], "gap_too_long"),
         ([3, 3, NAN, 3, 3], "constant"),
         ([3, 3, 3, 3, 9], "constant"),  # changes only after the training part
         ([1, 2, NAN, 4, NAN], None),
         ([1, 2, 3, 4, 5], None),
     ],
 )
-def test_each_fault_has_its_reason(cleaner, make_record, values, reason) -> None:
-    assert cleaner.reason_to_drop(make_record(values)) == reason
+def test_each_fault_has_its_reason(make_record, values, reason) -> None:
+    cleaner = Cleaner(CleanConfig(min_length=4, max_missing_fraction=0.5, max_gap_fraction=0.3))
+    record = make_record(values)
+    measurements = measure(record.values, train_fraction=0.8, config=QualityConfig())
+    assert cleaner.reason_to_drop(record, measurements) == reason
 
 
-def test_only_the_second_of_two_equal_series_is_a_duplicate(cleaner, make_record) -> None:
+@pytest.mark.parametrize(
+    ("measured", "reason"),
+    [
+        ({"missing_fraction": 0.21}, "too_many_missing"),
+        ({"longest_gap_fraction": 0.051}, "gap_too_long"),
+        ({"constant_fraction": 0.51}, "mostly_constant"),
+        ({"clipped_fraction": 0.21}, "clipped"),
+        ({"spike_fraction": 0.26}, "spiky"),
+        ({"adf": -1.9}, "not_stationary"),
+        ({"forecastability": 0.09}, "unpredictable"),
+        # A series at the threshold stays, and so does one that could not be measured.
+        ({"missing_fraction": 0.2, "longest_gap_fraction": 0.05, "constant_fraction": 0.5}, None),
+        ({"clipped_fraction": 0.2, "spike_fraction": 0.25, "adf": -2.0}, None),
+        ({"adf": NAN, "forecastability": NAN, "clipped_fraction": NAN}, None),
+        # The first reason counts.
+        ({"forecastability": 0.0, "clipped_fraction": 1.0}, "clipped"),
+    ],
+)
+def test_each_threshold_drops_what_is_beyond_it(make_record, measured, reason) -> None:
+    cleaner = Cleaner(CleanConfig(**EVERY_THRESHOLD))
+    assert cleaner.reason_to_drop(make_record([1, 2]), replace(SOUND, **measured)) == reason
+
+
+def test_null_threshold_drops_nothing(make_record) -> None:
+    off = {name: None for name in EVERY_THRESHOLD if name != "max_missing_fraction"}
+    worst = replace(
+        SOUND,
+        longest_gap_fraction=1.0,
+        constant_fraction=1.0,
+        clipped_fraction=1.0,
+        spike_fraction=1.0,
+        adf=math.inf,
+        forecastability=0.0,
+    )
+    assert Cleaner(CleanConfig(**off)).reason_to_drop(make_record([1, 2]), worst) is None
+
+
+def test_trends_and_noise_stay_by_default(make_record) -> None:
+    wanders = replace(SOUND, adf=3.0, forecastability=0.001)
+    assert Cleaner(CleanConfig()).reason_to_drop(make_record([1, 2]), wanders) is None
+
+
+def test_only_the_second_of_two_equal_series_is_a_duplicate(make_record) -> None:
+    cleaner = Cleaner(CleanConfig())
     first, second = make_record([1, 2, NAN, 4, 5]), make_record([1, 2, NAN, 4, 5], item_id="b")
-    assert cleaner.reason_to_drop(first) is None
-    assert cleaner.reason_to_drop(second) == "duplicate"
-    assert cleaner.reason_to_drop(make_record([1, 2, NAN, 4, 6])) is None
+    assert cleaner.reason_to_drop(first, SOUND) is None
+    assert cleaner.reason_to_drop(second, SOUND) == "duplicate"
+    assert cleaner.reason_to_drop(make_record([1, 2, NAN, 4, 6]), SOUND) is None
 
 
 def test_constant_and_duplicate_series_can_be_kept(make_record) -> None:
-    config = CleanConfig(min_length=1, drops_constant=False, drops_duplicates=False)
-    cleaner = Cleaner(config, train_fraction=0.9)
-    assert [cleaner.reason_to_drop(make_record([2, 2, 2])) for _ in range(2)] == [None, None]
+    cleaner = Cleaner(CleanConfig(drops_constant=False, drops_duplicates=False))
+    flat = replace(SOUND, train_is_constant=True)
+    assert [cleaner.reason_to_drop(make_record([2, 2]), flat) for _ in range(2)] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -49,8 +119,27 @@ def test_constant_and_duplicate_series_can_be_kept(make_record) -> None:
     [
         ({"min_length": 0}, ["min_length", "0"]),
         ({"max_missing_fraction": 1.5}, ["max_missing_fraction", "1.5"]),
+        ({"max_gap_fraction": -0.1}, ["max_gap_fraction", "-0.1"]),
+        ({"min_forecastability": 2.0}, ["min_forecastability", "2.0"]),
     ],
 )
 def test_impossible_thresholds_are_refused(settings, words) -> None:
     with pytest.raises(ValueError, match=".*".join(words)):
         CleanConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "measure_name"),
+    [
+        ("max_clipped_fraction", "measures_clipping"),
+        ("max_spike_fraction", "measures_spikes"),
+        ("max_adf", "measures_stationarity"),
+        ("min_forecastability", "measures_forecastability"),
+    ],
+)
+def test_threshold_of_what_is_not_measured_is_refused(threshold, measure_name) -> None:
+    off = QualityConfig(**{measure_name: False})
+    without = replace(CleanConfig(**EVERY_THRESHOLD), **{threshold: None})
+    without.check_measured(off)
+    with pytest.raises(ValueError, match=rf"clean\.{threshold} .* quality\.{measure_name}"):
+        CleanConfig(**EVERY_THRESHOLD).check_measured(off)

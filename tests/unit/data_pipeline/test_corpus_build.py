@@ -184,7 +184,8 @@ def test_statistics_are_those_of_the_series(build_from, make_record) -> None:
         make_record(np.arange(10), item_id="b", source="x", freq="h"),
         make_record(np.arange(7), item_id="c", source="y", freq=None, domain="Web"),
     ]
-    x, y = source_statistics(Corpus.open(build_from(records, clean=CleanConfig(min_length=1))))
+    clean = CleanConfig(min_length=1, max_missing_fraction=0.5, max_gap_fraction=None)
+    x, y = source_statistics(Corpus.open(build_from(records, clean=clean)))
     assert (x.source, x.series, x.points, x.train_points) == ("x", 2, 14, 3 + 9)
     assert (x.length_min, x.length_median, x.length_max) == (4, 7, 10)
     assert x.missing_fraction == pytest.approx(1 / 14)
