@@ -12,21 +12,34 @@ from pydantic import Field
 
 from data_pipeline.sources.csv import CsvSource
 from data_pipeline.sources.hub import HubSource
+from data_pipeline.sources.jsonl import JsonlSource
 from data_pipeline.sources.npy import NpySource
 from data_pipeline.sources.parquet import ParquetSource
 from data_pipeline.sources.time300b import Time300bSource
+from data_pipeline.sources.tsf import TsfSource
 
-SOURCE_TYPES = (ParquetSource, CsvSource, HubSource, NpySource, Time300bSource)
+SOURCE_TYPES = (
+    ParquetSource,
+    CsvSource,
+    HubSource,
+    NpySource,
+    Time300bSource,
+    TsfSource,
+    JsonlSource,
+)
 SourceConfig = Annotated[
-    ParquetSource | CsvSource | HubSource | NpySource | Time300bSource, Field(discriminator="type")
+    ParquetSource | CsvSource | HubSource | NpySource | Time300bSource | TsfSource | JsonlSource,
+    Field(discriminator="type"),
 ]
 
 __all__ = [
     "SOURCE_TYPES",
     "CsvSource",
     "HubSource",
+    "JsonlSource",
     "NpySource",
     "ParquetSource",
     "SourceConfig",
     "Time300bSource",
+    "TsfSource",
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.sources import NpySource, Time300bSource
+from data_pipeline.sources import JsonlSource, NpySource, Time300bSource, TsfSource
 
 EXPECTED = np.array([[1, 2, np.nan, 4], [8, 7, 6, 5]], np.float32)
 
@@ -32,7 +32,21 @@ def time300b_example(folder: Path) -> Time300bSource:
     return Time300bSource(path="corpus")
 
 
+def tsf_example(folder: Path) -> TsfSource:
+    lines = ["@attribute series_name string", "@data", "T1:1,2,?,4", "T2:8,7,6,5"]
+    (folder / "data.tsf").write_text("\n".join(lines) + "\n")
+    return TsfSource(path="data.tsf")
+
+
+def jsonl_example(folder: Path) -> JsonlSource:
+    lines = ['{"sequence": [1, 2, null, 4]}', '{"target": [8, 7, 6, 5]}']
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return JsonlSource(path="data.jsonl")
+
+
 FORMAT_EXAMPLES: dict[type, Callable[[Path], object]] = {
     NpySource: npy_example,
     Time300bSource: time300b_example,
+    TsfSource: tsf_example,
+    JsonlSource: jsonl_example,
 }
