@@ -1,1 +1,1 @@
-"""Steps between a source and the shards: what is measured, which series stay, what is made of them."""
+"""Steps between a source and the shards: what is measured, changed, kept, and split in time."""
