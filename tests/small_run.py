@@ -172,8 +172,9 @@ def step_batches(config: RunConfig, ranks: Ranks, step: int) -> list[WindowBatch
     batches = TrainingBatches(
         corpus,
         training_windows(corpus, stride=config.data.window_stride, **lengths),
+        config.data,
         seed=config.seed,
-        temperature=config.data.source_temperature,
+        global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
         ranks=ranks,
     )

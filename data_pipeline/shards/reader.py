@@ -74,6 +74,7 @@ class Corpus:
         self._cache = cache
         self._batches = ResidentShards(store, manifest.shards, cache)
         self._first_series = np.cumsum([0, *rows])
+        self._first_addresses = np.zeros(len(rows), np.int64)
         # Where each series starts within the values of its shard.
         self._offsets = self._count_offsets()
 
@@ -185,6 +186,38 @@ class Corpus:
             windows[row, length - end :] = self.series(int(series_ids[row]))[:end]
         return windows
 
+    def addresses(
+        self, series_ids: np.ndarray, starts: np.ndarray, length: int
+    ) -> tuple[NDArray[np.int64], list[SeriesBatch]]:
+        """Where windows lie in memory, for a reader that gathers out of many shards at once.
+
+        Args:
+            series_ids: int64 (B,).
+            starts: int64 (B,), first point of each window, may be negative.
+            length: points per window, at least 1.
+
+        Returns:
+            int64 (B,), address of the first point of each window, -1 where that lies before the
+            first point of the shard; and what must be held while the addresses are used. Points
+            before a series are those of another.
+
+        Raises:
+            IndexError: if a series does not exist, or a window ends after its series.
+        """
+        self._check_windows(series_ids, starts, length)
+        shards = self.series_shards[series_ids]
+        held: list[SeriesBatch] = []
+        if self._cache is None:  # shards of a local corpus stay mapped
+            for shard in np.unique(shards[self._first_addresses[shards] == 0]):
+                self._first_addresses[shard] = _address(self._batches[int(shard)])
+            bases = self._first_addresses[shards]
+        else:
+            numbers, places = np.unique(shards, return_inverse=True)
+            held = [self._batches[int(shard)] for shard in numbers]
+            bases = np.array([_address(batch) for batch in held], np.int64)[places]
+        firsts = self._offsets[series_ids] + starts
+        return np.where(firsts < 0, -1, bases + 4 * firsts), held
+
     def _windows(self, shard: int, length: int) -> np.ndarray:
         """All windows of a shard as a view; indexing it with offsets copies only those."""
         values = self._batches[shard].values
@@ -220,6 +253,11 @@ class Corpus:
 
     def __reduce__(self) -> tuple[object, tuple[Store, str, FileCache | None]]:
         return _reopen, (self.store, self.fingerprint, self._cache)
+
+
+def _address(batch: SeriesBatch) -> int:
+    """Address of the first value of a shard."""
+    return int(batch.values.__array_interface__["data"][0])
 
 
 def _load_index(store: Store, manifest: Manifest, cache: FileCache | None) -> SeriesIndex:

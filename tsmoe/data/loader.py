@@ -1,7 +1,7 @@
-"""Batches of windows for each step and rank, read ahead by torch's DataLoader.
+"""Batches of windows for each step and rank, for training and for validation.
 
-The dataset is one of *batches*: item i is the i-th micro-batch of this rank, so that a batch is one
-gather, and a run resumes by starting from another item.
+Item i is the i-th micro-batch of this rank, so that a batch is one gather, and a run resumes by
+starting from another item.
 """
 
 from __future__ import annotations
@@ -12,128 +12,138 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.shards.reader import Corpus
 from tsmoe.batch import WindowBatch
-from tsmoe.config import Section
+from tsmoe.data.gather import WindowGather
+from tsmoe.data.mixing import CurriculumPhase, Mixture, check_curriculum, source_quotas
 from tsmoe.data.mixup import mix_windows
-from tsmoe.data.order import make_order, order_key, uniform
+from tsmoe.data.order import WindowOrder
 from tsmoe.data.patch_mask import PatchMask
+from tsmoe.data.permutation import Integers, order_key, uniform
+from tsmoe.data.plan import PlannedWindows, WindowPlan
+from tsmoe.data.read_ahead import ReadAhead
+from tsmoe.data.shard_blocks import ShardBlocks
 from tsmoe.data.windows import WindowIndex
 from tsmoe.ranks import Ranks
 
-Integers = NDArray[np.int64]
-
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
+class DataConfig(Mixture):
     """How windows are chosen and loaded."""
 
+    curriculum: tuple[CurriculumPhase, ...] = ()
+    """Other shares of the sources from certain steps on."""
     window_stride: int = 1
     """Points between the starts of neighbouring windows of a series."""
-    source_temperature: float = 0.5
-    """A source's share of the windows is its points to this power: 1 keeps proportions, 0 makes
-    all sources equal."""
     mixup_share: float = 0.0
     """Share of the windows that are mixed with a window of another place in the order."""
+    resident_shards: int = 0
+    """Shards of each source that windows are drawn from at a time, so that a bounded cache of a
+    remote corpus suffices; mix-up draws from as many others. 0 draws from all shards."""
     verifies_corpus: bool = True
     """Whether the hashes of all shards are checked before training: about a second per gigabyte."""
     num_workers: int = 0
-    """Processes that cut batches ahead of time; 0 cuts them in the training process."""
+    """Threads that cut batches ahead of time; 0 cuts them when they are asked for."""
     max_validation_windows: int = 512
     """Windows of the validation split that are looked at, evenly spaced over all of them."""
 
     def __post_init__(self) -> None:
-        if self.window_stride < 1 or self.max_validation_windows < 1 or self.num_workers < 0:
+        super().__post_init__()
+        check_curriculum(self.curriculum)
+        if self.window_stride < 1 or self.max_validation_windows < 1:
             raise ValueError(
                 f"window_stride ({self.window_stride}) and max_validation_windows "
-                f"({self.max_validation_windows}) must be at least 1, num_workers "
-                f"({self.num_workers}) at least 0"
+                f"({self.max_validation_windows}) must be at least 1"
             )
-        if not (0 <= self.source_temperature <= 1 and 0 <= self.mixup_share <= 1):
+        if self.num_workers < 0 or self.resident_shards < 0:
             raise ValueError(
-                f"source_temperature ({self.source_temperature}) and mixup_share "
-                f"({self.mixup_share}) must lie between 0 and 1"
+                f"num_workers ({self.num_workers}) and resident_shards ({self.resident_shards}) "
+                "must be at least 0"
             )
+        if not 0 <= self.mixup_share <= 1:
+            raise ValueError(f"mixup_share ({self.mixup_share}) must lie between 0 and 1")
 
 
-def cut_batch(
-    corpus: Corpus, index: WindowIndex, sources: Integers, numbers: Integers
-) -> WindowBatch:
-    """Cut windows out of the corpus: one gather and its masks, C = 1."""
-    rows, series, starts = index.locate(sources, numbers)
-    values_BL = torch.from_numpy(corpus.gather(series, starts, index.window_length))
-    observed_BL = ~values_BL.isnan()
-    is_target_BL = observed_BL
-    if index.is_validation:
-        position_BL = torch.from_numpy(starts)[:, None] + torch.arange(index.window_length)
-        is_target_BL = observed_BL & (position_BL >= torch.from_numpy(index.begins[rows])[:, None])
-    return WindowBatch(
-        values_BCL=values_BL.masked_fill_(~observed_BL, 0)[:, None],
-        observed_BCL=observed_BL[:, None],
-        is_target_BCL=is_target_BL[:, None],
-        series_ids_B=torch.from_numpy(series),
-    )
-
-
-class TrainingBatches(Dataset[WindowBatch]):
+class TrainingBatches:
     """Item i is this rank's i-th micro-batch after `first_window`; endless in principle.
 
-    Micro-batch m of a step takes windows m*M*W + r*M onwards of the step, for rank r of W and M
-    windows a micro-batch, so that a step holds the same windows for any number of ranks.
+    May be used by several threads.
     """
 
     def __init__(
         self,
         corpus: Corpus,
         index: WindowIndex,
+        config: DataConfig,
         *,
         seed: int,
-        temperature: float,
-        mixup_share: float = 0.0,
         patch_mask: PatchMask | None = None,
+        global_batch_size: int,
         micro_batch_size: int,
         ranks: Ranks,
         first_window: int = 0,
     ) -> None:
         self.corpus = corpus
-        self.index = index
-        self.first_window = first_window
-        self.micro_batch_size = micro_batch_size
-        self.rank, self.world_size = ranks.rank, ranks.size
-        self.mixup_share = mixup_share
+        self.mixup_share = config.mixup_share
         self.patch_mask = patch_mask
-        self.order, self.partner_order = (
-            make_order(index.counts, index.points, temperature=temperature, key=key)
-            for key in (
-                order_key(corpus.fingerprint, seed),
-                order_key(f"partners of {corpus.fingerprint}", seed),
+        self._gather = WindowGather(
+            corpus, index.window_length, is_pinned=ranks.device.type == "cuda"
+        )
+        starts = [(0, config), *((p.from_step, p.over(config)) for p in config.curriculum)]
+        quotas = [
+            (step * global_batch_size, source_quotas(mixture, corpus, index))
+            for step, mixture in starts
+        ]
+        blocks = shard_blocks(corpus, index, config.resident_shards)
+        self._plan, self._partners = (
+            WindowPlan(
+                corpus,
+                index,
+                WindowOrder(index.counts, quotas, order_key(name, seed), blocks=blocks),
+                micro_batch_size=micro_batch_size,
+                ranks=ranks,
+                first_window=first_window,
             )
+            for name in (corpus.fingerprint, f"partners of {corpus.fingerprint}")
         )
 
+    @property
+    def order(self) -> WindowOrder:
+        """The order of all windows of the run, over all ranks."""
+        return self._plan.order
+
     def __getitem__(self, item: int) -> WindowBatch:
-        first = self.first_window + (item * self.world_size + self.rank) * self.micro_batch_size
-        positions = first + np.arange(self.micro_batch_size, dtype=np.int64)
-        batch = cut_batch(self.corpus, self.index, *self.order.draw(positions))
+        windows = self._plan[item]
+        batch = self._cut(windows)
         if self.mixup_share > 0:
-            batch = self._mix(batch, positions)
+            batch = self._mix(batch, item)
         if self.patch_mask is not None:
-            seen_BCL = self.patch_mask.hide(batch.observed_BCL, positions, self.order.key)
+            seen_BCL = self.patch_mask.hide(batch.observed_BCL, windows.positions, self.order.key)
             batch = replace(batch, observed_BCL=seen_BCL)
         return batch
 
-    def _mix(self, batch: WindowBatch, positions: Integers) -> WindowBatch:
-        partners = cut_batch(self.corpus, self.index, *self.partner_order.draw(positions))
+    def _cut(self, windows: PlannedWindows) -> WindowBatch:
+        """Cut windows out of the corpus, C = 1."""
+        values_BL, observed_BL = self._gather.cut(windows.series, windows.starts)
+        return WindowBatch(
+            values_BCL=values_BL[:, None],
+            observed_BCL=observed_BL[:, None],
+            is_target_BCL=observed_BL[:, None],
+            series_ids_B=torch.from_numpy(windows.series.copy()),
+        )
+
+    def _mix(self, batch: WindowBatch, item: int) -> WindowBatch:
+        partners = self._partners[item]
         # Up to half of a window is its partner, either way up; which windows, and how much, is a
         # function of the position, as all else.
-        chance, amount = uniform(positions, self.partner_order.key)
+        chance, amount = uniform(partners.positions, self._partners.order.key)
         shares = np.where(chance < self.mixup_share, amount - 0.5, 0)
-        return mix_windows(batch, partners, torch.from_numpy(shares.astype(np.float32)))
+        share_B = torch.from_numpy(shares.astype(np.float32))
+        return mix_windows(batch, self._cut(partners), share_B)
 
 
-class ValidationBatches(Dataset[WindowBatch]):
+class ValidationBatches:
     """A fixed, evenly spaced part of the validation windows, dealt to the ranks.
 
     Every rank has the same number of batches, as all must take part in each forward pass; where a
@@ -145,7 +155,8 @@ class ValidationBatches(Dataset[WindowBatch]):
     ) -> None:
         if not index.is_validation:
             raise ValueError("validation batches want the windows of the validation split")
-        self.corpus, self.index, self.batch_size = corpus, index, batch_size
+        self.index, self.batch_size = index, batch_size
+        self._gather = WindowGather(corpus, index.window_length)
         total = index.num_windows
         count = min(total, max_windows)
         self.windows = np.arange(count, dtype=np.int64) * total // count
@@ -163,21 +174,53 @@ class ValidationBatches(Dataset[WindowBatch]):
         ends = self.index.counts.cumsum()
         sources = np.searchsorted(ends, windows, side="right").astype(np.int64)
         numbers = windows - (ends - self.index.counts)[sources]
-        batch = cut_batch(self.corpus, self.index, sources, numbers)
-        is_spare_B = torch.from_numpy(places >= len(self.windows))
-        batch.is_target_BCL[is_spare_B] = False
-        return batch
+        _, series, starts = self.index.locate(sources, numbers)
+        values_BL, observed_BL = self._gather.cut(series, starts)
+        # What lies before the split is context; a window past the last one counts for nothing.
+        is_spare_B = places >= len(self.windows)
+        first_target_B = np.where(
+            is_spare_B, self.index.window_length, self._begins(series, starts)
+        )
+        place_L = torch.arange(self.index.window_length)
+        is_target_BL = observed_BL & (place_L >= torch.from_numpy(first_target_B)[:, None])
+        return WindowBatch(
+            values_BCL=values_BL[:, None],
+            observed_BCL=observed_BL[:, None],
+            is_target_BCL=is_target_BL[:, None],
+            series_ids_B=torch.from_numpy(series),
+        )
+
+    def _begins(self, series: Integers, starts: Integers) -> Integers:
+        assert self.index.begins is not None
+        return self.index.begins[series] - starts
+
+
+def shard_blocks(corpus: Corpus, index: WindowIndex, resident_shards: int) -> ShardBlocks | None:
+    """Return the blocks of shards that an order keeps to; None for all shards at once."""
+    if resident_shards == 0:
+        return None
+    return ShardBlocks(
+        corpus.source_ids[index.series],
+        corpus.series_shards[index.series],
+        np.diff(index.first_window, append=index.num_windows),
+        resident_shards,
+    )
 
 
 def load_training(
-    batches: TrainingBatches, *, num_batches: int, num_workers: int, device: torch.device
+    batches: TrainingBatches, *, num_batches: int, num_workers: int, timeout_seconds: float
 ) -> Iterator[WindowBatch]:
-    """Iterate over the next micro-batches, cut ahead of time by `num_workers` processes."""
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(num_batches),
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
+    """Iterate over the next micro-batches, cut ahead of time by `num_workers` threads.
+
+    Raises:
+        DataError: if a batch is not there in time, or a shard cannot be read.
+    """
+    return iter(
+        ReadAhead(
+            batches.__getitem__,
+            num_items=num_batches,
+            num_workers=num_workers,
+            timeout_seconds=timeout_seconds,
+            what=str(batches.corpus.path),
+        )
     )
-    return iter(loader)

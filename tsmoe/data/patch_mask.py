@@ -3,7 +3,7 @@
 At the end of a context a gap is the future: a model that has learned to forecast behind hidden
 patches forecasts several in one pass, instead of taking its own forecasts for observations.
 
-Shapes: B windows, C variates, L points of a window.
+Shapes: B windows, C variates, L points of a window, N patches of its context.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tsmoe.data.order import Integers, uniform
+from tsmoe.data.permutation import Integers, uniform
 
 # Chance that a run of hidden patches begins behind a patch that is shown.
 _START_CHANCE = 0.3
@@ -43,19 +44,26 @@ class PatchMask:
         """
         if self.lookahead_patches == 1:
             return observed_BCL
+        is_hidden_BN = self._hidden(positions, key)
+        count = is_hidden_BN.shape[1]
+        first = self.context_length - count * self.patch_length
+        is_shown_BL = np.ones((len(positions), observed_BCL.shape[-1]), dtype=bool)
+        is_shown_BL[:, first : self.context_length] = np.repeat(
+            ~is_hidden_BN, self.patch_length, axis=1
+        )
+        return observed_BCL & torch.from_numpy(is_shown_BL)[:, None]
+
+    def _hidden(self, positions: Integers, key: np.uint64) -> NDArray[np.bool_]:
+        """Return the patches of each window that are hidden, as (B, N)."""
         count = self.context_length // self.patch_length
-        remaining = np.zeros(len(positions), dtype=np.int64)
-        is_shown = np.ones((len(positions), observed_BCL.shape[-1]), dtype=bool)
-        may_begin = np.ones(len(positions), dtype=bool)
-        offset = self.context_length - count * self.patch_length
+        chance_NB, length_NB = uniform(positions * count + np.arange(count)[:, None], key)
+        drawn_NB = 1 + np.floor(length_NB * (self.lookahead_patches - 1)).astype(np.int64)
+        begins_NB = chance_NB < _START_CHANCE
+        is_hidden_NB = np.zeros((count, len(positions)), dtype=bool)
+        remaining_B = np.zeros(len(positions), dtype=np.int64)
         for patch in range(1, count):
-            chance, length = uniform(positions * count + patch, key)
-            begins = may_begin & (chance < _START_CHANCE)
-            drawn = 1 + np.floor(length * (self.lookahead_patches - 1)).astype(np.int64)
-            remaining = np.where(begins, drawn, remaining)
-            is_hidden = remaining > 0
-            first = offset + patch * self.patch_length
-            is_shown[is_hidden, first : first + self.patch_length] = False
-            remaining = np.maximum(remaining - 1, 0)
-            may_begin = ~is_hidden
-        return observed_BCL & torch.from_numpy(is_shown)[:, None]
+            begins_B = begins_NB[patch] & ~is_hidden_NB[patch - 1]
+            remaining_B = np.where(begins_B, drawn_NB[patch], remaining_B)
+            np.greater(remaining_B, 0, out=is_hidden_NB[patch])
+            remaining_B -= is_hidden_NB[patch]
+        return is_hidden_NB.T

@@ -126,7 +126,7 @@ def _train(
         data.training,
         num_batches=(training.steps - first_step) * passes,
         num_workers=config.data.num_workers,
-        device=ranks.device,
+        timeout_seconds=training.timeout_seconds,
     )
     saver = CheckpointSaver(run / "checkpoints", config.checkpoint, ranks)
     record = RunRecord(
@@ -237,14 +237,14 @@ def _open_data(config: RunConfig, corpus: Corpus, ranks: Ranks, first_window: in
     training = TrainingBatches(
         corpus,
         index,
+        config.data,
         seed=config.seed,
-        temperature=config.data.source_temperature,
-        mixup_share=config.data.mixup_share,
         patch_mask=PatchMask(
             context_length=config.model.context_length,
             patch_length=config.model.patch_length,
             lookahead_patches=config.model.lookahead_patches,
         ),
+        global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
         ranks=ranks,
         first_window=first_window,

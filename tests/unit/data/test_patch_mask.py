@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from tsmoe.data.order import order_key
 from tsmoe.data.patch_mask import PatchMask
+from tsmoe.data.permutation import order_key
 
 KEY = order_key("fingerprint", 0)
 PATCH, PATCHES = 4, 10

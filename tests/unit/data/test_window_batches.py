@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tsmoe.data.windows import training_windows, validation_windows
 from tsmoe.ranks import Ranks
 
 WINDOW, PATCH = 24, 4
+CONFIG_FIELDS = {field.name for field in fields(DataConfig)}
 SIZES = {"window_length": WINDOW, "patch_length": PATCH}
 
 
@@ -23,10 +25,12 @@ def corpus(make_corpus) -> Corpus:
 def training(
     corpus: Corpus, *, rank: int = 0, size: int = 1, **settings: object
 ) -> TrainingBatches:
-    defaults = {"seed": 0, "temperature": 0.5, "micro_batch_size": 4}
+    defaults = {"seed": 0, "micro_batch_size": 4, "global_batch_size": 12}
+    of_config = {name: settings.pop(name) for name in list(settings) if name in CONFIG_FIELDS}
     return TrainingBatches(
         corpus,
         training_windows(corpus, **SIZES, stride=1),
+        DataConfig(**of_config),
         ranks=Ranks(rank=rank, size=size),
         **(defaults | settings),
     )
@@ -141,9 +145,7 @@ def test_another_corpus_gives_another_order(make_corpus) -> None:
 def test_worker_process_cuts_the_same_batches(corpus) -> None:
     in_process, by_worker = (
         list(
-            load_training(
-                training(corpus), num_batches=6, num_workers=workers, device=torch.device("cpu")
-            )
+            load_training(training(corpus), num_batches=6, num_workers=workers, timeout_seconds=30)
         )
         for workers in (0, 1)
     )

@@ -1,13 +1,24 @@
 import numpy as np
 import pytest
 
-from tsmoe.data.order import DECK_SIZE, make_order, order_key, permute, uniform
+from tsmoe.data.order import DECK_SIZE, WindowOrder, apportion, temperature_weights
+from tsmoe.data.permutation import order_key, permute, uniform
 
 KEY = order_key("fingerprint", 0)
 
 
 def integers(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int64)
+
+
+def make_order(
+    counts: np.ndarray, sizes: np.ndarray, *, temperature: float, key: np.uint64
+) -> WindowOrder:
+    return WindowOrder(counts, [(0, quotas_of(counts, sizes, temperature))], key)
+
+
+def quotas_of(counts: np.ndarray, sizes: np.ndarray, temperature: float) -> np.ndarray:
+    return apportion(temperature_weights(counts, sizes, temperature))
 
 
 def draw(counts: np.ndarray, positions: np.ndarray, **settings: object):
@@ -56,9 +67,9 @@ def test_permutation_scatters_neighbours_and_differs_by_key() -> None:
 def test_each_source_has_exactly_its_quota_in_every_deck(number: int) -> None:
     counts = integers(100_000, 50_000, 0, 25_000)
     order = make_order(counts, counts, temperature=1.0, key=KEY)
-    assert order.quotas.sum() == DECK_SIZE
+    assert order.phases[0].quotas.sum() == DECK_SIZE
     source, window = order.draw(deck(number))
-    assert np.bincount(source, minlength=4).tolist() == order.quotas.tolist()
+    assert np.bincount(source, minlength=4).tolist() == order.phases[0].quotas.tolist()
     assert (window >= 0).all()
     assert (window < counts[source]).all()
 
@@ -66,7 +77,7 @@ def test_each_source_has_exactly_its_quota_in_every_deck(number: int) -> None:
 def test_quota_is_a_power_of_the_size() -> None:
     counts, sizes = integers(500, 500, 500), integers(1, 4, 16)
     shares = {
-        temperature: make_order(counts, sizes, temperature=temperature, key=KEY).quotas / DECK_SIZE
+        temperature: quotas_of(counts, sizes, temperature) / DECK_SIZE
         for temperature in (0.0, 0.5, 1.0)
     }
     # A quota is a whole number of 65,536 windows.
@@ -77,7 +88,7 @@ def test_quota_is_a_power_of_the_size() -> None:
 
 def test_tiny_source_is_still_dealt_and_an_empty_one_is_not() -> None:
     counts, sizes = integers(10**9, 1, 0, 10**9), integers(10**12, 1, 10**12, 10**12)
-    quotas = make_order(counts, sizes, temperature=1.0, key=KEY).quotas
+    quotas = quotas_of(counts, sizes, 1.0)
     assert quotas.sum() == DECK_SIZE
     assert quotas[1:3].tolist() == [1, 0]
 
@@ -116,11 +127,11 @@ def test_small_source_repeats_nothing_within_an_epoch() -> None:
 def test_many_small_sources_share_a_deck_with_a_large_one() -> None:
     counts = np.ones(40_000, dtype=np.int64)
     counts[:2] = 10**9
-    quotas = make_order(counts, counts, temperature=1.0, key=KEY).quotas
+    quotas = quotas_of(counts, counts, 1.0)
     assert quotas.sum() == DECK_SIZE
     assert quotas.min() == 1
     with pytest.raises(ValueError, match="70000 sources"):
-        make_order(np.ones(70_000, np.int64), np.ones(70_000), temperature=1.0, key=KEY)
+        apportion(np.ones(70_000))
 
 
 def test_uniform_numbers_are_even_independent_and_repeatable() -> None:

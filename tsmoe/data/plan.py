@@ -1,0 +1,95 @@
+"""Which windows the next micro-batches of a rank hold, drawn for many batches at once.
+
+Drawing is a few hundred small operations of numpy, whatever the number of windows: for one batch
+alone they would take longer than to copy it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.shards.reader import Corpus
+from tsmoe.data.order import WindowOrder
+from tsmoe.data.permutation import Integers
+from tsmoe.data.windows import WindowIndex
+from tsmoe.ranks import Ranks
+
+# Windows drawn at a time: a few milliseconds of work.
+_WINDOWS_AT_A_TIME = 32768
+# Workers are at most a few batches apart, so they are in at most two neighbouring stretches.
+_STRETCHES_KEPT = 2
+
+
+@dataclass(frozen=True)
+class PlannedWindows:
+    """Windows of a micro-batch."""
+
+    positions: Integers
+    """In the order of the run."""
+    series: Integers
+    starts: Integers
+    """First point of each; negative where the series is shorter than a window."""
+
+
+class WindowPlan:
+    """Item i is the windows of a rank's i-th micro-batch after `first_window`.
+
+    Micro-batch m of a step takes windows m*M*W + r*M onwards of the step, for rank r of W and M
+    windows a micro-batch, so that a step holds the same windows for any number of ranks. May be
+    used by several threads.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        index: WindowIndex,
+        order: WindowOrder,
+        *,
+        micro_batch_size: int,
+        ranks: Ranks,
+        first_window: int,
+    ) -> None:
+        self.order = order
+        self._corpus = corpus
+        self._index = index
+        self._micro_batch_size = micro_batch_size
+        self._rank, self._world_size = ranks.rank, ranks.size
+        self._first_window = first_window
+        self._batches_at_a_time = max(1, _WINDOWS_AT_A_TIME // micro_batch_size)
+        self._stretches: dict[int, PlannedWindows] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, item: int) -> PlannedWindows:
+        number, place = divmod(item, self._batches_at_a_time)
+        with self._lock:
+            if number not in self._stretches:
+                while len(self._stretches) >= _STRETCHES_KEPT:
+                    del self._stretches[next(iter(self._stretches))]
+                self._stretches[number] = self._draw(number)
+            stretch = self._stretches[number]
+        part = slice(place * self._micro_batch_size, (place + 1) * self._micro_batch_size)
+        return PlannedWindows(
+            positions=stretch.positions[part],
+            series=stretch.series[part],
+            starts=stretch.starts[part],
+        )
+
+    def _draw(self, number: int) -> PlannedWindows:
+        items = np.arange(self._batches_at_a_time) + number * self._batches_at_a_time
+        firsts = (items * self._world_size + self._rank) * self._micro_batch_size
+        within = np.arange(self._micro_batch_size)
+        positions = (self._first_window + firsts[:, None] + within).reshape(-1)
+        _, series, starts = self._index.locate(*self.order.draw(positions))
+        if self._corpus.max_resident_shards is not None:
+            self._corpus.prefetch(self._shards_soon(series, int(positions[-1])))
+        return PlannedWindows(positions=positions, series=series, starts=starts)
+
+    def _shards_soon(self, series: Integers, position: int) -> list[int]:
+        """Return the shards of these windows, and those that windows after a position come from."""
+        now = np.unique(self._corpus.series_shards[series]).tolist()
+        if self.order.blocks is None:
+            return now
+        return list(dict.fromkeys([*now, *self.order.shards_ahead(position).tolist()]))
