@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from data_pipeline.sources.csv import CsvSource
+from data_pipeline.sources.gluonts import GluontsSource
 from data_pipeline.sources.hub import HubSource
 from data_pipeline.sources.jsonl import JsonlSource
 from data_pipeline.sources.npy import NpySource
@@ -26,15 +27,24 @@ SOURCE_TYPES = (
     Time300bSource,
     TsfSource,
     JsonlSource,
+    GluontsSource,
 )
 SourceConfig = Annotated[
-    ParquetSource | CsvSource | HubSource | NpySource | Time300bSource | TsfSource | JsonlSource,
+    ParquetSource
+    | CsvSource
+    | HubSource
+    | NpySource
+    | Time300bSource
+    | TsfSource
+    | JsonlSource
+    | GluontsSource,
     Field(discriminator="type"),
 ]
 
 __all__ = [
     "SOURCE_TYPES",
     "CsvSource",
+    "GluontsSource",
     "HubSource",
     "JsonlSource",
     "NpySource",

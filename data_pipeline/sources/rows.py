@@ -147,6 +147,7 @@ class _Rows:
         column = self.batch.column(name)
         if pa.types.is_timestamp(column.type):
             column = column.cast(pa.timestamp("us"), safe=False)
+            return [_python_time(cell) for cell in column]
         return column.to_pylist()
 
     @cached_property
@@ -158,6 +159,14 @@ class _Rows:
         offsets = column.offsets.to_numpy().astype(np.int64)
         first, last = int(offsets[0]), int(offsets[-1])
         return offsets - first, _numbers(column.values[first:last])
+
+
+def _python_time(cell: pa.TimestampScalar) -> dt.datetime | str | None:
+    """Return the time, or a text that is none where the year is beyond 9999."""
+    try:
+        return cell.as_py()
+    except OverflowError:
+        return f"{cell.value} us after 1970"
 
 
 def _nesting(kind: pa.DataType) -> int:

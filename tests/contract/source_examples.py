@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from data_pipeline.sources import JsonlSource, NpySource, Time300bSource, TsfSource
+from data_pipeline.sources import GluontsSource, JsonlSource, NpySource, Time300bSource, TsfSource
 
 EXPECTED = np.array([[1, 2, np.nan, 4], [8, 7, 6, 5]], np.float32)
 
@@ -44,9 +45,17 @@ def jsonl_example(folder: Path) -> JsonlSource:
     return JsonlSource(path="data.jsonl")
 
 
+def gluonts_example(folder: Path) -> GluontsSource:
+    batch = pa.record_batch({"target": pa.array(list(EXPECTED)), "start": [None, None]})
+    with pa.ipc.new_file(str(folder / "data.arrow"), batch.schema) as writer:
+        writer.write_batch(batch)
+    return GluontsSource(path="data.arrow")
+
+
 FORMAT_EXAMPLES: dict[type, Callable[[Path], object]] = {
     NpySource: npy_example,
     Time300bSource: time300b_example,
     TsfSource: tsf_example,
     JsonlSource: jsonl_example,
+    GluontsSource: gluonts_example,
 }
