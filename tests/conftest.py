@@ -25,6 +25,12 @@ if not torch.cuda.is_available():
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_tests(tmp_path_factory) -> None:
+    """Keep what tests cache out of the user's own cache; processes they start inherit it."""
+    os.environ["TSMOE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Give the folder of real data beside the repository, or skip where there is none."""

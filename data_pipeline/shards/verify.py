@@ -62,7 +62,10 @@ def verify_changed(corpus: Corpus) -> list[str]:
         one line per problem; empty if none was found.
     """
     store, manifest = corpus.store, corpus.manifest
-    problems = manifest.check_sizes(store)
+    try:
+        problems = manifest.check_sizes(store)
+    except DataError as error:  # a remote store that does not answer is a problem as any other
+        return [str(error)]
     if store.is_local and not problems:
         files = {shard.file: shard.sha256 for shard in manifest.shards}
         if manifest.index is not None:
@@ -119,6 +122,8 @@ def _check_counts(store: Store, batch: SeriesBatch, shard: ShardEntry) -> None:
             f"{name}: {found[0]} rows and {found[1]} points, but the manifest has {shard.rows} and "
             f"{shard.points}; rebuild"
         )
+    if any(row >= len(batch) for row in shard.held_out):
+        raise DataError(f"{name}: the manifest holds out row {max(shard.held_out)}; rebuild")
     if (batch.offsets[0], batch.offsets[-1]) != (0, len(batch.values)):
         raise DataError(f"{name}: values stand before or after those of the series; rebuild")
 

@@ -1,11 +1,12 @@
 """A prefix of a remote store: S3, GCS, Azure and HDFS by pyarrow, all else by fsspec.
 
-pyarrow's own attempts are turned off where it allows, so that one policy holds for every request.
+One policy holds for every request: pyarrow tries a read once where that can be set.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,13 +32,28 @@ _S3_QUERY = ("region", "scheme", "endpoint_override", "tls_ca_file_path", "anony
 _CREDENTIALS = re.compile(r"(?<=://)[^/@]*@|\?.*$")
 
 
+@dataclass(frozen=True)
+class _Connection:
+    """What requests go through, in one process."""
+
+    pid: int
+    reader: fs.FileSystem
+    """Tries each request once."""
+    writer: fs.FileSystem
+    """Tries each part of an upload several times: our policy would begin with the first part."""
+    root: str
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}".rstrip("/")
+
+
 class RemoteStore(Store):
     """Files below a URL. Can be pickled, and used after a fork."""
 
     def __init__(self, url: str, policy: RetryPolicy) -> None:
         self.location = url.rstrip("/")
         self._policy = policy
-        self._connection: tuple[int, fs.FileSystem, str] | None = None
+        self._connection: _Connection | None = None
         self._connect()  # an unknown scheme or query shows at once
 
     def __str__(self) -> str:
@@ -69,8 +85,7 @@ class RemoteStore(Store):
         self._upload(name, lambda: _pieces(path), path.stat().st_size)
 
     def copy(self, name: str, other_name: str) -> None:
-        _, root = self._connect()
-        target = f"{root}/{other_name}"
+        target = self._connect().path(other_name)
         self._try(name, lambda filesystem, path: filesystem.copy_file(path, target))
 
     def remove(self, name: str) -> None:
@@ -105,8 +120,8 @@ class RemoteStore(Store):
             attempts = Attempts(self._policy, self.path_of(name))
 
     def _open(self, name: str, size: int) -> pa.NativeFile:
-        filesystem, root = self._connect()
-        file = filesystem.open_input_file(f"{root}/{name}")
+        connection = self._connect()
+        file = connection.reader.open_input_file(connection.path(name))
         if file.size() != size:
             raise DataError(
                 f"{self.path_of(name)}: expected {size} bytes but found {file.size()}; copy or "
@@ -136,12 +151,15 @@ class RemoteStore(Store):
                 _delete_file(filesystem, path)  # not every store renames onto a file
                 filesystem.move(written, path)
 
-        self._try(name, upload)
+        self._try(name, upload, writes=True)
 
-    def _try(self, name: str, action: Callable[[fs.FileSystem, str], Result]) -> Result:
-        filesystem, root = self._connect()
+    def _try(
+        self, name: str, action: Callable[[fs.FileSystem, str], Result], *, writes: bool = False
+    ) -> Result:
+        connection = self._connect()
+        filesystem = connection.writer if writes else connection.reader
         return retry(
-            lambda: action(filesystem, f"{root}/{name}".rstrip("/")),
+            lambda: action(filesystem, connection.path(name)),
             what=self.path_of(name),
             policy=self._policy,
             errors=self._errors,
@@ -149,27 +167,27 @@ class RemoteStore(Store):
 
     @cached_property
     def _errors(self) -> tuple[type[Exception], ...]:
-        filesystem, _ = self._connect()
-        if isinstance(filesystem, fs.PyFileSystem):
+        if isinstance(self._connect().reader, fs.PyFileSystem):
             return (Exception,)  # each back end of fsspec has exceptions of its own
         return (OSError, pa.ArrowException)
 
-    def _connect(self) -> tuple[fs.FileSystem, str]:
-        """Return the file system and the path in it; connections are never shared over a fork."""
-        if self._connection is None or self._connection[0] != os.getpid():
+    def _connect(self) -> _Connection:
+        """Connect, once in each process: connections do not outlive a fork."""
+        if self._connection is None or self._connection.pid != os.getpid():
             try:
-                filesystem, path = _open_filesystem(self.location)
+                reader, path = _open_filesystem(self.location, attempts=1)
+                writer, _ = _open_filesystem(self.location, attempts=self._policy.attempts)
             except (ValueError, ImportError, NotImplementedError, OSError) as error:
                 reason = " ".join(str(error).split())
                 raise ConfigError(f"{self}: cannot be opened ({reason}); check the URL") from error
-            self._connection = (os.getpid(), filesystem, path.rstrip("/"))
-        return self._connection[1:]
+            self._connection = _Connection(os.getpid(), reader, writer, path.rstrip("/"))
+        return self._connection
 
 
-def _open_filesystem(url: str) -> tuple[fs.FileSystem, str]:
+def _open_filesystem(url: str, *, attempts: int) -> tuple[fs.FileSystem, str]:
     scheme = urlsplit(url).scheme
     if scheme == "s3":
-        return _open_s3(url)
+        return _open_s3(url, attempts=attempts)
     if scheme in _OF_ARROW:
         return fs.FileSystem.from_uri(url)
     import fsspec
@@ -178,8 +196,8 @@ def _open_filesystem(url: str) -> tuple[fs.FileSystem, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
-def _open_s3(url: str) -> tuple[fs.FileSystem, str]:
-    """Open S3 with pyarrow's own attempts turned off, which its URLs do not allow."""
+def _open_s3(url: str, *, attempts: int) -> tuple[fs.FileSystem, str]:
+    """Open S3 with a number of attempts, which pyarrow's own URLs do not take."""
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     if unknown := sorted(query.keys() - set(_S3_QUERY)):
@@ -199,7 +217,7 @@ def _open_s3(url: str) -> tuple[fs.FileSystem, str]:
     filesystem = fs.S3FileSystem(
         **settings,
         connect_timeout=_CONNECT_SECONDS,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
     )
     bucket = parts.netloc.rpartition("@")[2]
     if not bucket:
