@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from data_pipeline.shards.reader import Corpus
-from data_pipeline.shards.verify import verify_corpus
+from data_pipeline.shards.verify import verify_changed
 from tsmoe import ranks as ranks_module
 from tsmoe.batch import WindowBatch
 from tsmoe.checkpoint.elastic import StateReader
@@ -270,8 +270,8 @@ def _meta(config: RunConfig, corpus: Corpus, step: int, windows_seen: int) -> Ch
 
 
 def _verify(corpus: Corpus, ranks: Ranks) -> None:
-    """Let the first rank check the hashes of all shards, and tell the others."""
-    problems = ranks.gather(verify_corpus(corpus.path) if ranks.is_first else [])[0]
+    """Let the first rank check the shards that have changed since, and tell the others."""
+    problems = ranks.gather(verify_changed(corpus) if ranks.is_first else [])[0]
     if problems:
         raise DataError(f"{corpus.path}: {'; '.join(problems)}; build or copy the corpus again")
 
