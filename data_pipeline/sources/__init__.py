@@ -16,6 +16,7 @@ from data_pipeline.sources.hub import HubSource
 from data_pipeline.sources.jsonl import JsonlSource
 from data_pipeline.sources.npy import NpySource
 from data_pipeline.sources.parquet import ParquetSource
+from data_pipeline.sources.saved import SavedSource
 from data_pipeline.sources.time300b import Time300bSource
 from data_pipeline.sources.tsf import TsfSource
 
@@ -28,6 +29,7 @@ SOURCE_TYPES = (
     TsfSource,
     JsonlSource,
     GluontsSource,
+    SavedSource,
 )
 SourceConfig = Annotated[
     ParquetSource
@@ -37,7 +39,8 @@ SourceConfig = Annotated[
     | Time300bSource
     | TsfSource
     | JsonlSource
-    | GluontsSource,
+    | GluontsSource
+    | SavedSource,
     Field(discriminator="type"),
 ]
 
@@ -49,6 +52,7 @@ __all__ = [
     "JsonlSource",
     "NpySource",
     "ParquetSource",
+    "SavedSource",
     "SourceConfig",
     "Time300bSource",
     "TsfSource",

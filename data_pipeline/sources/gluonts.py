@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from data_pipeline.errors import DataError
 from data_pipeline.frequency import modern_alias
 from data_pipeline.record import Drop, SeriesRecord
+from data_pipeline.sources.arrow_stream import check_stream_end
 from data_pipeline.sources.blocks import Blocks
 from data_pipeline.sources.files import FileSource
 from data_pipeline.sources.names import one_line
@@ -31,7 +32,6 @@ _ROWS_AT_ONCE = 64
 _READ_BYTES = 2**20
 _ARROW_FILE = b"ARROW1"
 _PARQUET_FILE = b"PAR1"
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +99,7 @@ class _ArrowStream:
         self.path = path
         with pa.OSFile(str(path)) as handle:
             self.schema = pa.ipc.open_stream(handle).schema
-        # Arrow takes the end of a file for the end of the stream, also where it is cut short.
-        with path.open("rb") as file:
-            file.seek(-len(_END_OF_STREAM), 2)
-            if file.read() != _END_OF_STREAM:
-                raise DataError(f"{path}: ends without the mark of its end: it is cut short")
+        check_stream_end(path)
         self.blocks = Blocks(count=1, size_bytes=path.stat().st_size)
 
     def rows(self, first: int, end: int) -> Iterator[pa.RecordBatch]:  # noqa: ARG002
@@ -136,6 +132,7 @@ class _ParquetFile:
                 start = 0
                 batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[number])
                 for batch in batches:
+                    batch.validate(full=True)
                     yield _with_names(_unflattened(batch, self.path), self.path, number, start)
                     start += batch.num_rows
 

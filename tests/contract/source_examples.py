@@ -4,10 +4,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.sources import GluontsSource, JsonlSource, NpySource, Time300bSource, TsfSource
+from data_pipeline.sources import (
+    GluontsSource,
+    JsonlSource,
+    NpySource,
+    SavedSource,
+    Time300bSource,
+    TsfSource,
+)
 
 EXPECTED = np.array([[1, 2, np.nan, 4], [8, 7, 6, 5]], np.float32)
 
@@ -52,10 +60,16 @@ def gluonts_example(folder: Path) -> GluontsSource:
     return GluontsSource(path="data.arrow")
 
 
+def saved_example(folder: Path) -> SavedSource:
+    datasets.Dataset.from_dict({"target": list(EXPECTED)}).save_to_disk(str(folder / "saved"))
+    return SavedSource(path="saved")
+
+
 FORMAT_EXAMPLES: dict[type, Callable[[Path], object]] = {
     NpySource: npy_example,
     Time300bSource: time300b_example,
     TsfSource: tsf_example,
     JsonlSource: jsonl_example,
     GluontsSource: gluonts_example,
+    SavedSource: saved_example,
 }

@@ -148,6 +148,13 @@ def test_flipped_bytes_are_refused_or_read(tmp_path, form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
+def test_name_that_is_no_utf_8_is_refused(tmp_path, form) -> None:
+    name = pa.StringArray.from_buffers(1, pa.py_buffer(np.int32([0, 2])), pa.py_buffer(b"a\xb4"))
+    with pytest.raises(DataError, match="UTF8"):
+        list(write(tmp_path, pa.table({"item_id": name, "target": [[1.0]]}), form).records())
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_file_without_rows_is_refused_by_name(tmp_path, form) -> None:
     source = write(tmp_path, rows(0).slice(0, 0), form)
     with pytest.raises(DataError, match=r"data\.feather: holds no series"):
