@@ -1,6 +1,6 @@
 """What the loader hands to the model: a batch of windows with their masks.
 
-Shapes: B windows, C variates, L points of a window.
+Shapes: B windows, C variates, L points of a window, N patches of its context.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ class WindowBatch:
     is_target_BCL: Tensor
     """bool; True where the loss may look: recorded, and inside the split that is being used."""
     series_ids_B: Tensor
-    """int64; the number of each window's series in the corpus, to name it in an error."""
+    """int64; the number of each window's series in the corpus, to name it in an error; of a packed
+    window that of its first."""
+    series_BCN: Tensor | None = None
+    """int64; where windows hold several series, the number in the corpus of the series that each
+    patch of the context is a token of, -1 for none: fill, or only the target of the patch before
+    it. None: a window holds one series."""
 
     @property
     def num_windows(self) -> int:
@@ -39,4 +44,6 @@ class WindowBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> WindowBatch:
-        return replace(self, **{name: change(value) for name, value in vars(self).items()})
+        return replace(
+            self, **{name: change(value) for name, value in vars(self).items() if value is not None}
+        )

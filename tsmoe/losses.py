@@ -14,18 +14,23 @@ from torch import Tensor
 from tsmoe.batch import WindowBatch
 from tsmoe.heads import NextPatchHead
 from tsmoe.models.output import ModelOutput
+from tsmoe.nn.spans import NO_SERIES
 
 ErrorUnit = Literal["token", "window"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """Sums over the points that count, by window, so that a bad one can be named."""
+    """Sums over the points that count, by window and by token, so that a bad one can be named."""
 
     error_B: Tensor
     """Sum of the point errors of each window; carries the gradient."""
     count_B: Tensor
     """Points that were summed, int64."""
+    error_BCN: Tensor
+    """Sum of the point errors of each token, detached."""
+    count_BCN: Tensor
+    """Points that were summed of each token, int64."""
 
 
 def target_patches(
@@ -33,11 +38,14 @@ def target_patches(
 ) -> tuple[Tensor, Tensor]:
     """Return target_BCNP and is_target_BCNP: the patch after each token of the context.
 
-    The context is the window without its last `patch_length` points.
+    The context is the window without its last `patch_length` points. Tokens of no series have no
+    target.
     """
     after = slice(patch_length, None)
     target_BCNP = batch.values_BCL[..., after].unfold(-1, patch_length, patch_stride)
     is_target_BCNP = batch.is_target_BCL[..., after].unfold(-1, patch_length, patch_stride)
+    if batch.series_BCN is not None:
+        is_target_BCNP = is_target_BCNP & (batch.series_BCN != NO_SERIES)[..., None]
     return target_BCNP, is_target_BCNP
 
 
@@ -62,9 +70,10 @@ def next_patch_loss(
         target_BCNP: what followed, in the unit of the values.
         is_target_BCNP: True where a point counts.
         error_unit: what errors are measured in: the scale of the `token` that predicts, or that of
-            the whole `window`. Ours: a token that has seen little has a small scale and a large
-            error in it; in the unit of the window all tokens weigh as they do in a forecast's
-            error. Only the weight of an error knows the window, no input does.
+            the whole `window` (of a packed one the part of the token's series). Ours: a token that
+            has seen little has a small scale and a large error in it; in the unit of the window all
+            tokens weigh as they do in a forecast's error. Only the weight of an error knows the
+            window, no input does.
         target_clip: normalised targets are clipped to this many scales. Ours: after a nearly
             constant past the scale is tiny, and one jump would outweigh the batch.
     """
@@ -76,7 +85,15 @@ def next_patch_loss(
     normalised_BCNP = torch.where(is_measurable_BCNP, normalised_BCNP, 0)
     errors_BCNP = head.point_errors(output.prediction_BCNPK, normalised_BCNP)
     if error_unit == "window":
-        relative_BCN1 = statistics.scale_BCN1 / statistics.scale_BCN1[:, :, -1:]
+        final_BCN1 = statistics.scale_BCN1[:, :, -1:]
+        if output.spans is not None:
+            final_BCN1 = statistics.scale_BCN1.gather(2, output.spans.last_BCN[..., None])
+        relative_BCN1 = statistics.scale_BCN1 / final_BCN1
         errors_BCNP = errors_BCNP * relative_BCN1**head.error_power
     errors_BCNP = torch.where(is_measurable_BCNP, errors_BCNP, 0)
-    return LossTerms(error_B=errors_BCNP.sum((1, 2, 3)), count_B=is_target_BCNP.sum((1, 2, 3)))
+    return LossTerms(
+        error_B=errors_BCNP.sum((1, 2, 3)),
+        count_B=is_target_BCNP.sum((1, 2, 3)),
+        error_BCN=errors_BCNP.detach().sum(-1),
+        count_BCN=is_target_BCNP.sum(-1),
+    )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tsmoe.moe.routers import RouterConfig, SequenceRouterConfig, build_router
 from tsmoe.moe.routing import Routing
+from tsmoe.nn.spans import SeriesSpans
 
 B, C, N, D, E = 4, 3, 6, 16, 8
 
@@ -86,6 +87,21 @@ def test_each_window_is_routed_by_itself(router, tokens_BCND) -> None:
     ids_BCNK = route(router, tokens_BCND).expert_ids_BCNK
     order = torch.tensor([2, 0, 3, 1])
     assert torch.equal(route(router, tokens_BCND[order]).expert_ids_BCNK, ids_BCNK[order])
+
+
+def test_each_series_of_a_packed_window_is_routed_by_itself(config, router, tokens_BCND) -> None:
+    tokens_BCND = tokens_BCND[:, :1]
+    series_BCN = torch.tensor([7, 7, -1, 3, 3, 3]).expand(B, 1, N)
+    packed, _ = router(tokens_BCND, None, spans=SeriesSpans.of(series_BCN))
+    assert not packed.is_per_sequence
+    assert torch.equal(packed.is_token_BCN, series_BCN >= 0)
+    load_E = torch.zeros(E, dtype=torch.int64)
+    for place in (slice(0, 2), slice(3, 6)):
+        single = route(router, tokens_BCND[:, :, place])
+        assert torch.equal(packed.expert_ids_BCNK[:, :, place], single.expert_ids_BCNK)
+        torch.testing.assert_close(packed.weights_BCNK[:, :, place], single.weights_BCNK)
+        load_E += single.load_E
+    assert packed.load_E.tolist() == load_E.tolist()
 
 
 def test_bias_draws_tokens_to_an_expert_and_away(config, router, tokens_BCND) -> None:

@@ -131,7 +131,11 @@ class DeepSpeedEngine:
     def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:  # noqa: ARG002
         """Run the model on the context of the batch's windows; DeepSpeed counts by itself."""
         length = self.model.config.context_length
-        return self._engine(batch.values_BCL[..., :length], batch.observed_BCL[..., :length])
+        return self._engine(
+            batch.values_BCL[..., :length],
+            batch.observed_BCL[..., :length],
+            series_BCN=batch.series_BCN,
+        )
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         """Add gradients; DeepSpeed counts micro-batches itself and exchanges with the last."""

@@ -90,7 +90,11 @@ class PlainEngine:
         """
         length = self.model.config.context_length
         with nullcontext() if last_micro_batch else self._accelerator.no_sync(self._wrapped):
-            return self._wrapped(batch.values_BCL[..., :length], batch.observed_BCL[..., :length])
+            return self._wrapped(
+                batch.values_BCL[..., :length],
+                batch.observed_BCL[..., :length],
+                series_BCN=batch.series_BCN,
+            )
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         """Add gradients; ranks exchange them with the last micro-batch only."""

@@ -15,6 +15,7 @@ from tsmoe.moe.layer import ExpertFactory, MoEConfig, MoELayer
 from tsmoe.moe.routing import Routing
 from tsmoe.nn.attention import AnyVariateAttention
 from tsmoe.nn.feed_forward import SwiGLU
+from tsmoe.nn.spans import SeriesSpans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +66,23 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, tokens_BCND: Tensor, adjacency_BCC: Tensor | None, state: Tensor | None
+        self,
+        tokens_BCND: Tensor,
+        adjacency_BCC: Tensor | None,
+        state: Tensor | None,
+        *,
+        spans: SeriesSpans | None = None,
     ) -> tuple[Tensor, Routing | None, Tensor | None]:
-        """Return tokens, the routing (None for a dense block) and the router's state."""
-        attended_BCND = self.attention(self.attention_norm(tokens_BCND), adjacency_BCC)
+        """Return tokens, the routing (None for a dense block) and the router's state.
+
+        `spans` keep the series of a packed window apart.
+        """
+        attended_BCND = self.attention(self.attention_norm(tokens_BCND), adjacency_BCC, spans)
         tokens_BCND = tokens_BCND + self.dropout(attended_BCND)
         normed_BCND = self.feed_forward_norm(tokens_BCND)
         routing = None
         if isinstance(self.feed_forward, MoELayer):
-            hidden_BCND, routing, state = self.feed_forward(normed_BCND, state)
+            hidden_BCND, routing, state = self.feed_forward(normed_BCND, state, spans=spans)
         else:
             hidden_BCND = self.feed_forward(normed_BCND)
         return tokens_BCND + self.dropout(hidden_BCND), routing, state

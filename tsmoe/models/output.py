@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tsmoe.moe.routing import Routing
 from tsmoe.nn.instance_norm import InstanceStatistics
+from tsmoe.nn.spans import SeriesSpans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +24,5 @@ class ModelOutput:
     statistics: InstanceStatistics
     routings: tuple[Routing, ...]
     """One per expert layer, first layer first."""
+    spans: SeriesSpans | None = None
+    """Of packed windows; what is predicted by tokens of no series has no meaning."""

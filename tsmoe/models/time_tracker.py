@@ -21,8 +21,9 @@ from tsmoe.moe.experts import Experts
 from tsmoe.moe.layer import ExpertFactory, MoEConfig, MoELayer
 from tsmoe.moe.routers import AnyRouter
 from tsmoe.moe.routing import Routing
-from tsmoe.nn.instance_norm import InstanceNormConfig, instance_statistics
+from tsmoe.nn.instance_norm import InstanceNormConfig, instance_statistics, packed_statistics
 from tsmoe.nn.patch import PatchEmbedding, cut_patches, patch_ends
+from tsmoe.nn.spans import SeriesSpans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,8 @@ class TimeTracker(nn.Module):
         values_BCL: Tensor,
         observed_BCL: Tensor,
         adjacency_BCC: Tensor | None = None,
+        *,
+        series_BCN: Tensor | None = None,
     ) -> ModelOutput:
         """Predict the patch after each token.
 
@@ -143,16 +146,27 @@ class TimeTracker(nn.Module):
             values_BCL: points in any unit; L need not be a multiple of the patch length.
             observed_BCL: True where recorded; other values are ignored and may be NaN.
             adjacency_BCC: which variates may look at which; None keeps each to itself.
+            series_BCN: of packed windows, see `WindowBatch`: each series is seen as if alone.
         """
         cut = {"patch_length": self.config.patch_length, "patch_stride": self.config.patch_stride}
         patches_BCNP = cut_patches(values_BCL, **cut)
         observed_BCNP = cut_patches(observed_BCL, **cut)
         count = patches_BCNP.shape[2]
         padding = (count - 1) * cut["patch_stride"] + cut["patch_length"] - values_BCL.shape[-1]
-        ends = patch_ends(count, device=values_BCL.device, **cut) - padding
-        statistics = instance_statistics(
-            values_BCL, observed_BCL, ends, mode=self.config.instance_norm.mode
-        )
+        mode = self.config.instance_norm.mode
+        spans: SeriesSpans | None = None
+        if series_BCN is None:
+            ends = patch_ends(count, device=values_BCL.device, **cut) - padding
+            statistics = instance_statistics(values_BCL, observed_BCL, ends, mode=mode)
+        else:
+            if padding or series_BCN.shape != patches_BCNP.shape[:3]:
+                raise ValueError(
+                    f"series_BCN has shape {tuple(series_BCN.shape)} for {values_BCL.shape[-1]} "
+                    f"points; expected {tuple(patches_BCNP.shape[:3])} and whole patches"
+                )
+            spans = SeriesSpans.of(series_BCN)
+            statistics = packed_statistics(values_BCL, observed_BCL, spans, mode=mode, **cut)
+            observed_BCNP = observed_BCNP & spans.is_token_BCN[..., None]
         normalised_BCNP = (patches_BCNP - statistics.loc_BCN1) / statistics.scale_BCN1
         normalised_BCNP = torch.where(observed_BCNP, normalised_BCNP, 0)
         tokens_BCND = self.embed(normalised_BCNP.to(self.embed.values.weight.dtype), observed_BCNP)
@@ -161,15 +175,18 @@ class TimeTracker(nn.Module):
         for block in self.blocks:
             if self.recomputes_activations and torch.is_grad_enabled():
                 tokens_BCND, routing, state = checkpoint(
-                    block, tokens_BCND, adjacency_BCC, state, use_reentrant=False
+                    block, tokens_BCND, adjacency_BCC, state, spans=spans, use_reentrant=False
                 )
             else:
-                tokens_BCND, routing, state = block(tokens_BCND, adjacency_BCC, state)
+                tokens_BCND, routing, state = block(tokens_BCND, adjacency_BCC, state, spans=spans)
             if routing is not None:
                 routings.append(routing)
         prediction_BCNPK = self.head(self.output_norm(tokens_BCND))
         return ModelOutput(
-            prediction_BCNPK=prediction_BCNPK, statistics=statistics, routings=tuple(routings)
+            prediction_BCNPK=prediction_BCNPK,
+            statistics=statistics,
+            routings=tuple(routings),
+            spans=spans,
         )
 
     def routers(self) -> list[AnyRouter]:

@@ -1,7 +1,8 @@
 """Bring tokens to the experts that were chosen for them, wherever these live, and back.
 
 Dropless: every token reaches every expert it was sent to. A *unit* is what moves as a whole: a
-token, or all tokens of a variate where the router decides per sequence.
+token, or all tokens of a variate where the router decides per sequence. Of packed windows only
+the tokens of a series move.
 
 Shapes: U units, M = U*K units sent, N tokens per unit, R = M*N rows, D model width, E routed
 experts, K experts per token, e experts on this rank.
@@ -26,6 +27,7 @@ def run_experts(tokens_BCND: Tensor, routing: Routing, experts: Experts) -> Tens
     Every rank that shares the experts must call it equally often, with any number of tokens. It
     communicates counts once and rows twice (and twice again in the backward pass).
     """
+    place_U: Tensor | None = None
     if routing.is_per_sequence:
         units_UND = tokens_BCND.flatten(0, 1)
         expert_ids_UK = routing.expert_ids_BCNK[:, :, 0].flatten(0, 1)
@@ -34,6 +36,10 @@ def run_experts(tokens_BCND: Tensor, routing: Routing, experts: Experts) -> Tens
         units_UND = tokens_BCND.flatten(0, 2).unsqueeze(1)
         expert_ids_UK = routing.expert_ids_BCNK.flatten(0, 2)
         weights_UK = routing.weights_BCNK.flatten(0, 2)
+    if routing.is_token_BCN is not None:
+        place_U = routing.is_token_BCN.flatten().nonzero()[:, 0]
+        units_UND = _Take.apply(units_UND, place_U)
+        expert_ids_UK, weights_UK = expert_ids_UK[place_U], _Take.apply(weights_UK, place_U)
     top_k = expert_ids_UK.shape[1]
     order_M = expert_ids_UK.flatten().argsort(stable=True)
     position_UK = (
@@ -45,12 +51,17 @@ def run_experts(tokens_BCND: Tensor, routing: Routing, experts: Experts) -> Tens
     tokens_per_unit = units_UND.shape[1]
     rows_RD = sent_MND.flatten(0, 1)
     counts_E = routing.load_E * tokens_per_unit
+    if place_U is not None:  # the load may count series, which are no unit here
+        counts_E = expert_ids_UK.flatten().bincount(minlength=len(routing.load_E))
     if experts.ranks.size == 1:
         answered_RD = experts(rows_RD, counts_E.tolist())
     else:
         answered_RD = _run_remote(rows_RD, counts_E, experts)
     answered_MND = answered_RD.unflatten(0, (-1, tokens_per_unit))
     combined_UND = _Combine.apply(answered_MND, weights_UK, order_M, position_UK)
+    if place_U is not None:
+        zeros_UND = combined_UND.new_zeros(tokens_BCND.shape[:3].numel(), 1, tokens_BCND.shape[3])
+        combined_UND = zeros_UND.index_copy(0, place_U, combined_UND)
     return combined_UND.reshape(tokens_BCND.shape)
 
 
@@ -90,6 +101,22 @@ class _AllToAll(Function):
     def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None, None]:
         send, receive, ranks = ctx.route
         return ranks.all_to_all(gradient_RD, send=receive, receive=send), None, None, None
+
+
+class _Take(Function):
+    """Copy some rows, each once; unlike autograd's own, backward copies too and does not add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place_U: Tensor) -> Tensor:
+        ctx.save_for_backward(place_U)
+        ctx.count = len(rows)
+        return rows.index_select(0, place_U)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (place_U,) = ctx.saved_tensors
+        everywhere = gradient.new_zeros(ctx.count, *gradient.shape[1:])
+        return everywhere.index_copy_(0, place_U, gradient), None
 
 
 class _ToExpertOrder(Function):

@@ -16,6 +16,7 @@ from tsmoe.moe.experts import ExpertCompute, Experts
 from tsmoe.moe.routers import RouterConfig, SequenceRouterConfig, build_router
 from tsmoe.moe.routing import Routing
 from tsmoe.nn.feed_forward import SwiGLU
+from tsmoe.nn.spans import SeriesSpans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +112,10 @@ class MoELayer(nn.Module):
         )
 
     def forward(
-        self, tokens_BCND: Tensor, state: Tensor | None
+        self, tokens_BCND: Tensor, state: Tensor | None, *, spans: SeriesSpans | None = None
     ) -> tuple[Tensor, Routing, Tensor | None]:
         """Return the layer's output, its routing, and the router's state for the next layer."""
-        routing, state = self.router(tokens_BCND, state)
+        routing, state = self.router(tokens_BCND, state, spans=spans)
         hidden_BCND = run_experts(tokens_BCND, routing, self.experts)
         if self.always_on is not None:
             hidden_BCND = hidden_BCND + self.always_on(tokens_BCND)

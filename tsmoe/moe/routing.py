@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from tsmoe.moe.routers.load_bias import LoadBias
+    from tsmoe.nn.spans import SeriesSpans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +27,27 @@ class Routing:
     scores_BCNE: Tensor
     """float32 before selection; N is 1 for a sequence router. Balance losses need them."""
     load_E: Tensor
-    """int64, detached: decisions for each expert in the router's own unit (token or sequence)."""
+    """int64, detached: decisions for each expert in the router's own unit (token or sequence);
+    what is of no series is not counted."""
     is_per_sequence: bool
-    """Whether all tokens of a variate share one decision, so that whole sequences may move."""
+    """Whether all tokens of a variate share one decision, so that whole sequences may move.
+    Of packed windows they do not: their series differ in length."""
+    is_token_BCN: Tensor | None = None
+    """bool, of packed windows: tokens of no series reach no routed expert. None: all do."""
 
 
 class Router(Protocol):
     """Decides which experts serve which token.
 
-    A router may carry a state from layer to layer; those without one return None for it.
+    A router may carry a state from layer to layer; those without one return None for it. Series of
+    a packed window (`spans`) are routed as if each had a window of its own.
     """
 
     balance: LoadBias
     """Moved after each optimizer step, from loads summed over all ranks."""
 
-    def forward(self, tokens_BCND: Tensor, state: Tensor | None) -> tuple[Routing, Tensor | None]:
+    def forward(
+        self, tokens_BCND: Tensor, state: Tensor | None, *, spans: SeriesSpans | None = None
+    ) -> tuple[Routing, Tensor | None]:
         """Route normalised tokens."""
         ...

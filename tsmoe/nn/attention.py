@@ -1,7 +1,8 @@
 """Causal attention over the patches of any number of variates.
 
 Shapes: B windows, C variates, N patches, S = C*N tokens in variate-major order, D model width,
-H heads; d is the head width, 1 kept for broadcasting.
+H heads; X windows, or windows and variates where each variate is by itself; d is the head width, 1
+kept for broadcasting.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tsmoe.nn.rotary import rotary_tables, rotate
+from tsmoe.nn.spans import SeriesSpans
 
 
 class AnyVariateAttention(nn.Module):
@@ -36,26 +38,38 @@ class AnyVariateAttention(nn.Module):
         self.same_variate_bias_H = nn.Parameter(torch.zeros(num_heads))
         self.other_variate_bias_H = nn.Parameter(torch.zeros(num_heads))
 
-    def forward(self, tokens_BCND: Tensor, adjacency_BCC: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BCND: Tensor,
+        adjacency_BCC: Tensor | None = None,
+        spans: SeriesSpans | None = None,
+    ) -> Tensor:
         """Return attended tokens_BCND.
 
         Args:
             tokens_BCND: normalised tokens.
             adjacency_BCC: bool, row i names the variates that variate i may look at; its diagonal
                 must be True, else a row could be fully masked. None: every variate by itself.
+            spans: of a packed window, whose series look at their own past only; not to be had
+                together with an adjacency.
         """
+        if adjacency_BCC is not None and spans is not None:
+            raise ValueError("packed windows have no adjacency: their series are strangers")
         windows, variates, patches, _ = tokens_BCND.shape
         time_index_N = torch.arange(patches, device=tokens_BCND.device)
         if adjacency_BCC is None:
             tokens_XSD = tokens_BCND.flatten(0, 1)
-            attended_XSD = self._attend(tokens_XSD, time_index_N, bias=None)
+            is_past_X1SS = None
+            if spans is not None:
+                is_past_X1SS = spans.is_past().flatten(0, 1).unsqueeze(1)
+            attended_XSD = self._attend(tokens_XSD, time_index_N, mask=is_past_X1SS)
         else:
             tokens_XSD = tokens_BCND.flatten(1, 2)
             bias_BHSS = self._bias(adjacency_BCC, patches)
-            attended_XSD = self._attend(tokens_XSD, time_index_N.repeat(variates), bias=bias_BHSS)
+            attended_XSD = self._attend(tokens_XSD, time_index_N.repeat(variates), mask=bias_BHSS)
         return self.output(attended_XSD).reshape(windows, variates, patches, -1)
 
-    def _attend(self, tokens_XSD: Tensor, time_index_S: Tensor, bias: Tensor | None) -> Tensor:
+    def _attend(self, tokens_XSD: Tensor, time_index_S: Tensor, mask: Tensor | None) -> Tensor:
         cos_Sd, sin_Sd = rotary_tables(time_index_S, self.head_width, base=self.rotary_base)
         projected = self.query_key_value(tokens_XSD).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = projected.permute(2, 0, 3, 1, 4)
@@ -63,8 +77,8 @@ class AnyVariateAttention(nn.Module):
             rotate(query, cos_Sd, sin_Sd),
             rotate(key, cos_Sd, sin_Sd),
             value,
-            attn_mask=bias,
-            is_causal=bias is None,
+            attn_mask=mask,
+            is_causal=mask is None,
         )
         return attended_XHSd.transpose(1, 2).flatten(2)
 

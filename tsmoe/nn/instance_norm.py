@@ -1,7 +1,8 @@
 """Take location and scale out of each window, so that one model serves series of any unit.
 
 Every token carries the statistics that it was normalised with; its forecast is scaled back by the
-same. Shapes: B windows, C variates, L points, N patches, 1 kept for broadcasting.
+same. Shapes: B windows, C variates, L points, N patches, J steps of the patches' stride, Z points
+of such a step, 1 kept for broadcasting.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from tsmoe.config import Section
+from tsmoe.nn.spans import SeriesSpans
+
+Mode = Literal["window", "prefix"]
 
 # Relative to the level of the series: float32 resolves about 1e-7 of it, so a spread below this
 # is rounding, not signal.
@@ -25,7 +29,7 @@ _ABSOLUTE_FLOOR = 1e-15
 class InstanceNormConfig(Section):
     """Where the statistics of a token come from."""
 
-    mode: Literal["window", "prefix"] = "prefix"
+    mode: Mode = "prefix"
     """`window`: the whole context (the paper's). `prefix`: the points up to the end of the token's
     own patch, so that no statistic knows the future while training."""
 
@@ -42,7 +46,7 @@ class InstanceStatistics:
 
 
 def instance_statistics(
-    values_BCL: Tensor, observed_BCL: Tensor, ends: Tensor, *, mode: Literal["window", "prefix"]
+    values_BCL: Tensor, observed_BCL: Tensor, ends: Tensor, *, mode: Mode
 ) -> InstanceStatistics:
     """Compute mean and biased standard deviation over observed points.
 
@@ -70,11 +74,65 @@ def instance_statistics(
     count_BCN = observed_BCL.cumsum(-1)[..., last]
     sum_BCN = centred_BCL.cumsum(-1)[..., last]
     square_BCN = centred_BCL.square().cumsum(-1)[..., last]
+    return _statistics(count_BCN, sum_BCN, square_BCN, first_BC1)
+
+
+def packed_statistics(
+    values_BCL: Tensor,
+    observed_BCL: Tensor,
+    spans: SeriesSpans,
+    *,
+    patch_length: int,
+    patch_stride: int,
+    mode: Mode,
+) -> InstanceStatistics:
+    """Compute mean and deviation of each series of packed windows, as if it were alone.
+
+    Sums are products with a mask, not differences of running sums: of what another series holds
+    not even a rounding error comes through. Tokens of no series have observed nothing.
+
+    Args:
+        values_BCL: points in any unit; ignored where not observed. L is that of the patches.
+        observed_BCL: True where a value was recorded.
+        spans: where each series lies.
+        patch_length: points in a patch.
+        patch_stride: points between the starts of neighbouring patches; divides `patch_length`.
+        mode: see `InstanceNormConfig`; the window is that of the series.
+    """
+    count, steps_per_patch = spans.first_BCN.shape[-1], patch_length // patch_stride
+    observed_BCJZ = observed_BCL.unflatten(-1, (-1, patch_stride))
+    values_BCJZ = values_BCL.unflatten(-1, (-1, patch_stride))
+    masked_BCJZ = torch.where(observed_BCJZ, values_BCJZ, 0).double()
+    step_J = torch.arange(masked_BCJZ.shape[2], device=values_BCL.device)
+    # Measured from the first observed value of the series, as above: that of the first step at or
+    # after its first that has one.
+    begin_BCJ = torch.where(spans.first_BCN == step_J[:count], step_J[:count], 0)
+    begin_BCJ = (begin_BCJ * spans.is_token_BCN).cummax(-1).values
+    begin_BCJ = torch.cat((begin_BCJ, begin_BCJ[..., -1:].expand(-1, -1, steps_per_patch - 1)), -1)
+    known_BCJ = torch.where(observed_BCJZ.any(-1), step_J, len(step_J) - 1)
+    known_BCJ = known_BCJ.flip(-1).cummin(-1).values.flip(-1)
+    first_BCJ = masked_BCJZ.gather(-1, observed_BCJZ.long().argmax(-1, keepdim=True))[..., 0]
+    first_BCJ = first_BCJ.gather(-1, known_BCJ.gather(-1, begin_BCJ))
+    centred_BCJZ = torch.where(observed_BCJZ, masked_BCJZ - first_BCJ[..., None], 0)
+    powers = (observed_BCJZ.double(), centred_BCJZ, centred_BCJZ.square())
+    last_BCN = spans.last_BCN if mode == "window" else step_J[:count].expand_as(spans.last_BCN)
+    is_seen_BCNJ = step_J >= spans.first_BCN[..., None]
+    is_seen_BCNJ &= step_J < last_BCN[..., None] + steps_per_patch
+    is_seen_BCNJ &= spans.is_token_BCN[..., None]
+    sums_BCJ3 = torch.stack([power_BCJZ.sum(-1) for power_BCJZ in powers], dim=-1)
+    count_BCN, sum_BCN, square_BCN = (is_seen_BCNJ.double() @ sums_BCJ3).unbind(-1)
+    return _statistics(count_BCN, sum_BCN, square_BCN, first_BCJ[..., :count])
+
+
+def _statistics(
+    count_BCN: Tensor, sum_BCN: Tensor, square_BCN: Tensor, first_BCN: Tensor
+) -> InstanceStatistics:
+    """Turn sums of what was observed, measured from the first of it, into location and scale."""
     safe_count_BCN = count_BCN.clamp(min=1)
     mean_BCN = sum_BCN / safe_count_BCN
     std_BCN = (square_BCN / safe_count_BCN - mean_BCN.square()).clamp(min=0).sqrt()
     # Before the first observation its value is not known yet.
-    loc_BCN = torch.where(count_BCN > 0, mean_BCN + first_BC1, 0)
+    loc_BCN = torch.where(count_BCN > 0, mean_BCN + first_BCN, 0)
     floor_BCN = (_RELATIVE_FLOOR * loc_BCN.abs()).clamp(min=_ABSOLUTE_FLOOR)
     return InstanceStatistics(
         loc_BCN1=loc_BCN.float()[..., None],

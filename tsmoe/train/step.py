@@ -1,12 +1,13 @@
 """One optimizer step, from micro-batches to a report. Read this first.
 
-Shapes: B windows, E routed experts, M expert layers.
+Shapes: B windows, C variates, N patches, E routed experts, M expert layers; T tokens of a
+micro-batch and G pairs of a window and a series in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from tsmoe.engine.protocol import Engine
 from tsmoe.errors import TrainingError
 from tsmoe.losses import ErrorUnit, LossTerms, next_patch_loss, target_patches
 from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.nn.spans import NO_SERIES
 from tsmoe.ranks import Ranks
 
 # How many series an error names.
@@ -101,7 +103,7 @@ def training_step(
         error_sum += term.error_B.detach().sum(dtype=torch.float64)
         for layer, routing in enumerate(output.routings):
             load_ME[layer] += routing.load_E
-        terms.append(LossTerms(error_B=term.error_B.detach(), count_B=term.count_B))
+        terms.append(replace(term, error_B=term.error_B.detach()))
 
     # One exchange for loss, loads and flags; float64 keeps counts exact.
     flag_tensor = torch.tensor([float(flag) for flag in flags], device=ranks.device)
@@ -138,7 +140,11 @@ def validation_loss(
         target, is_target = _targets(engine.model, batch)
         # Not engine.forward: an engine's forward prepares a backward pass that will not come.
         length = engine.model.config.context_length
-        output = engine.model(batch.values_BCL[..., :length], batch.observed_BCL[..., :length])
+        output = engine.model(
+            batch.values_BCL[..., :length],
+            batch.observed_BCL[..., :length],
+            series_BCN=batch.series_BCN,
+        )
         term = next_patch_loss(
             engine.model.head,
             output,
@@ -164,6 +170,20 @@ def _no_load(model: TimeTracker, device: torch.device) -> Tensor:
     return torch.zeros(len(biases), num_experts, dtype=torch.int64, device=device)
 
 
+def _mean_errors(batch: WindowBatch, term: LossTerms) -> tuple[Tensor, Tensor]:
+    """Return number and mean error of each series, once for each window that it has a part in."""
+    if batch.series_BCN is None:
+        return batch.series_ids_B, term.error_B / term.count_B.clamp(min=1)
+    window_BCN = torch.arange(batch.num_windows, device=batch.series_BCN.device)[:, None, None]
+    keys_BCN2 = torch.stack((window_BCN.expand_as(batch.series_BCN), batch.series_BCN), dim=-1)
+    keys_G2, group_T = keys_BCN2.flatten(0, 2).unique(dim=0, return_inverse=True)
+    zeros_G = torch.zeros(len(keys_G2), device=keys_G2.device)
+    error_G = zeros_G.index_add(0, group_T, term.error_BCN.flatten())
+    count_G = zeros_G.index_add(0, group_T, term.count_BCN.flatten().float())
+    is_series_G = keys_G2[:, 1] != NO_SERIES
+    return keys_G2[is_series_G, 1], (error_G / count_G.clamp(min=1))[is_series_G]
+
+
 def _stop(
     what: str,
     step: int,
@@ -173,8 +193,8 @@ def _stop(
     series_name: Callable[[int], str],
 ) -> None:
     """Name the series to look at: those with a bad loss, else those with the largest."""
-    ids = torch.cat([batch.series_ids_B for batch in micro_batches])
-    errors = torch.cat([term.error_B / term.count_B.clamp(min=1) for term in terms])
+    pairs = [_mean_errors(*pair) for pair in zip(micro_batches, terms, strict=True)]
+    ids, errors = (torch.cat(column) for column in zip(*pairs, strict=True))
     is_bad = ~errors.isfinite()
     worst = is_bad.nonzero()[:, 0] if is_bad.any() else errors.argsort(descending=True)
     local = list(dict.fromkeys(series_name(int(i)) for i in ids[worst[:_SERIES_NAMED]]))

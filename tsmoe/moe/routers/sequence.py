@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tsmoe.config import Section
 from tsmoe.moe.routers.load_bias import LoadBias
 from tsmoe.moe.routing import Routing
+from tsmoe.nn.spans import SeriesSpans, mean_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +55,15 @@ class SequenceRouter(nn.Module):
         nn.init.normal_(self.clusters_ED, std=d_model**-0.5)
         self.balance = LoadBias(num_experts)
 
-    def forward(self, tokens_BCND: Tensor, state: Tensor | None) -> tuple[Routing, Tensor | None]:
+    def forward(
+        self, tokens_BCND: Tensor, state: Tensor | None, *, spans: SeriesSpans | None = None
+    ) -> tuple[Routing, Tensor | None]:
         """Route; the state passes through untouched, as this router keeps none."""
         # bf16 affinities of neighbouring experts would tie; the product is small, so fp32 is cheap.
         with torch.autocast(tokens_BCND.device.type, enabled=False):
             logits_BCNE = tokens_BCND.float() @ self.clusters_ED.float().T
-        scores_BCNE = logits_BCNE.sigmoid()
-        patches = scores_BCNE.shape[2]
-        match self.mode:
-            case "sequence":
-                scores_BCNE = scores_BCNE.mean(2, keepdim=True)
-            case "prefix":
-                counts_N1 = torch.arange(1, patches + 1, device=scores_BCNE.device)[:, None]
-                scores_BCNE = scores_BCNE.cumsum(2) / counts_N1
+            scores_BCNE = self._pool(logits_BCNE.sigmoid(), spans)
+        patches = logits_BCNE.shape[2]
         biased_BCNE = scores_BCNE.detach() + self.balance.bias_E
         expert_ids_BCNK = biased_BCNE.topk(self.top_k, dim=-1).indices
         chosen_BCNK = scores_BCNE.gather(-1, expert_ids_BCNK)
@@ -74,12 +71,34 @@ class SequenceRouter(nn.Module):
         if self.top_k > 1:
             # A single weight renormalised would be 1 whatever the score: no gradient to the router.
             weights_BCNK = chosen_BCNK / chosen_BCNK.sum(-1, keepdim=True)
-        load_E = torch.bincount(expert_ids_BCNK.flatten(), minlength=len(self.clusters_ED))
+        is_counted_BCN = None
+        if spans is not None:
+            is_counted_BCN = spans.is_token_BCN
+            if self.mode == "sequence":  # one decision for each series
+                is_counted_BCN = spans.is_last()
+        counted = expert_ids_BCNK if is_counted_BCN is None else expert_ids_BCNK[is_counted_BCN]
+        load_E = torch.bincount(counted.flatten(), minlength=len(self.clusters_ED))
         routing = Routing(
             expert_ids_BCNK=expert_ids_BCNK.expand(-1, -1, patches, -1),
             weights_BCNK=weights_BCNK.expand(-1, -1, patches, -1),
             scores_BCNE=scores_BCNE,
             load_E=load_E,
-            is_per_sequence=self.mode == "sequence",
+            is_per_sequence=self.mode == "sequence" and spans is None,
+            is_token_BCN=None if spans is None else spans.is_token_BCN,
         )
         return routing, state
+
+    def _pool(self, scores_BCNE: Tensor, spans: SeriesSpans | None) -> Tensor:
+        """Average over the tokens that a decision is made for; N becomes 1 for a whole window."""
+        match self.mode, spans:
+            case "sequence", None:
+                return scores_BCNE.mean(2, keepdim=True)
+            case "sequence", SeriesSpans():
+                return mean_within(scores_BCNE, spans.is_same())
+            case "prefix", None:
+                patches = scores_BCNE.shape[2]
+                counts_N1 = torch.arange(1, patches + 1, device=scores_BCNE.device)[:, None]
+                return scores_BCNE.cumsum(2) / counts_N1
+            case "prefix", SeriesSpans():
+                return mean_within(scores_BCNE, spans.is_past())
+        return scores_BCNE
