@@ -10,10 +10,14 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from data_pipeline.exact_tmp import DuplicatesConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.shards.writer import DEFAULT_SHARD_SIZE_BYTES
 from data_pipeline.sources import SOURCE_TYPES, SourceConfig
 from data_pipeline.steps.clean import CleanConfig
+from data_pipeline.steps.mixup import MixupConfig
+from data_pipeline.steps.quality import QualityConfig
+from data_pipeline.steps.resample import ResampleConfig
 from data_pipeline.steps.split import DEFAULT_TRAIN_FRACTION
 
 
@@ -25,10 +29,20 @@ class CorpusConfig:
 
     sources: list[SourceConfig]
     """Read in this order; series keep it."""
+    resample: ResampleConfig | None = None
+    """Bring finer series to a coarser interval first; null leaves all as they are."""
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    """What is measured of every series."""
     clean: CleanConfig = field(default_factory=CleanConfig)
     """Which series are left out."""
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
+    """Which copies of other series are left out."""
+    mixup: MixupConfig | None = None
+    """Mix extra series out of those that are kept; null makes none."""
     train_fraction: float = DEFAULT_TRAIN_FRACTION
     """Share of every series, from its start, that may be trained on; in (0, 1]."""
+    held_out_fraction: float = 0.0
+    """Share of recordings, chosen by their names, of which nothing is trained on; in [0, 1)."""
     shard_size_bytes: int = DEFAULT_SHARD_SIZE_BYTES
     """Values per shard file, in bytes; building holds one shard in memory."""
 
@@ -37,6 +51,9 @@ class CorpusConfig:
             raise ValueError("sources must name at least one source")
         if not 0.0 < self.train_fraction <= 1.0:
             raise ValueError(f"train_fraction must be in (0, 1], got {self.train_fraction}")
+        if not 0.0 <= self.held_out_fraction < 1.0:
+            raise ValueError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}")
+        self.clean.check_measured(self.quality)
         if self.shard_size_bytes < 4096:
             raise ValueError(f"shard_size_bytes must be at least 4096, got {self.shard_size_bytes}")
 

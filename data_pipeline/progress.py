@@ -14,14 +14,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress(Protocol):
     """Told about every series that was read."""
 
-    def advance(self, source: str, points: int) -> None:
-        """Count one series of a source and its points."""
+    def advance(self, source: str, points: int, series: int = 1) -> None:
+        """Count series of a source and their points."""
 
 
 class SilentProgress:
     """Says nothing."""
 
-    def advance(self, source: str, points: int) -> None:
+    def advance(self, source: str, points: int, series: int = 1) -> None:
         """Count nothing."""
 
 
@@ -39,9 +39,9 @@ class LineProgress:
     def __exit__(self, *error: object) -> None:
         return None
 
-    def advance(self, source: str, points: int) -> None:
-        """Count one series; log if it is time."""
-        self._series += 1
+    def advance(self, source: str, points: int, series: int = 1) -> None:
+        """Count series; log if it is time."""
+        self._series += series
         self._points += points
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES:
@@ -79,9 +79,9 @@ class TerminalProgress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self, source: str, points: int) -> None:
-        """Count one series."""
-        self._series += 1
+    def advance(self, source: str, points: int, series: int = 1) -> None:
+        """Count series."""
+        self._series += series
         self._bar.update(self._task, advance=points, description=source, series=self._series)
 
 

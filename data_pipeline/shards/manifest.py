@@ -17,8 +17,8 @@ from data_pipeline.storage.store import Store
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-BUILDING_FILE = "BUILDING"
-"""Marks a folder whose build has not finished; holds nothing."""
+BUILDING_FOLDER = "BUILDING"
+"""Holds what a build has done so far; not there once it has finished."""
 MAX_EXAMPLES = 20
 """Names of dropped series that are kept per reason and source."""
 
@@ -195,6 +195,6 @@ def corpus_fingerprint(shards: Sequence[ShardEntry], train_fraction: float) -> s
 def _why_no_manifest(store: Store) -> str:
     if store.is_local and not store.local_path("").exists():
         return f"{store}: no such folder; build a corpus with `tsmoe data build`"
-    if store.exists(BUILDING_FILE) or store.files(BUILDING_FILE):
+    if store.files(BUILDING_FOLDER):
         return f"{store}: the build has not finished; run the same `tsmoe data build` again"
     return f"{store}: is no corpus, it has no {MANIFEST_FILE}; build one with `tsmoe data build`"

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsmoe.commands import data_report
 from tsmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 TINY = "tiny"
 """In place of a corpus YAML: the embedded corpus."""
 _EXAMPLES_SHOWN = 3
+_PROCESSES_AT_MOST = 8
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,16 +30,33 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     build.add_argument(
         "corpus", metavar="CORPUS.yaml", help=f"corpus configuration, or `{TINY}` (embedded)"
     )
-    build.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus")
+    build.add_argument("--out", required=True, metavar="DIR", help="folder or URL of the corpus")
     build.add_argument(
         "--overwrite", action="store_true", help="replace a corpus built from something else"
+    )
+    build.add_argument(
+        "--task",
+        default="1/1",
+        metavar="I/N",
+        help="build the I-th of N parts; the task that ends last puts them together",
+    )
+    build.add_argument(
+        "--processes",
+        type=int,
+        default=min(os.cpu_count() or 1, _PROCESSES_AT_MOST),
+        metavar="N",
+        help="blocks built at a time, each with a shard in memory (default: %(default)s)",
     )
     status = _add_action(actions, "status", "is it whole, and what was dropped", run_status)
     inspect = _add_action(actions, "inspect", "one series", run_inspect)
     verify = _add_action(actions, "verify", "compare all bytes with the manifest", run_verify)
     stats = _add_action(actions, "stats", "a table of the data sets", run_stats)
+    report = _add_action(
+        actions, "report", "a page of what was kept and dropped", data_report.run_report
+    )
+    data_report.add_arguments(report)
     for action in (status, inspect, verify, stats):
-        action.add_argument("path", metavar="PATH", help="folder of the corpus")
+        action.add_argument("path", metavar="PATH", help="folder or URL of the corpus")
 
     which = inspect.add_mutually_exclusive_group()
     which.add_argument("--item", metavar="ID", help="item_id of the series")
@@ -46,15 +66,32 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run_build(args: argparse.Namespace) -> int:
     """Build a corpus, or say that it is up to date."""
-    from data_pipeline.build import build_corpus, up_to_date_manifest
+    from data_pipeline.build import build_corpus, build_state, parse_task, up_to_date_manifest
     from data_pipeline.config import load_corpus_config
     from data_pipeline.progress import command_progress
     from data_pipeline.tiny import TINY_CORPUS_CONFIG
+    from tsmoe.commands.options import require_positive
 
+    require_positive("processes", args.processes)
+    task = parse_task(args.task)
     config = load_corpus_config(TINY_CORPUS_CONFIG if args.corpus == TINY else args.corpus)
-    is_current = not args.overwrite and up_to_date_manifest(config, Path(args.out)) is not None
+    is_current = not args.overwrite and up_to_date_manifest(config, args.out) is not None
     with command_progress() as progress:
-        manifest = build_corpus(config, args.out, overwrite=args.overwrite, progress=progress)
+        manifest = build_corpus(
+            config,
+            args.out,
+            overwrite=args.overwrite,
+            task=task,
+            processes=args.processes,
+            progress=progress,
+        )
+    if manifest is None:
+        built, total = build_state(args.out) or (0, 0)
+        if args.json:
+            _print_json({"path": args.out, "task": args.task, "built": built, "blocks": total})
+        else:
+            print(f"{args.out}: task {args.task} is done, {built} of {total} blocks are built")
+        return 0
     if args.json:
         _print_json({"path": args.out, "up_to_date": is_current, **_summary(manifest)})
         return 0
@@ -68,11 +105,17 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_status(args: argparse.Namespace) -> int:
     """Say whether a corpus is whole, and what was dropped; exit code 3 if it is not whole."""
+    from data_pipeline.build import build_state
     from data_pipeline.shards import Manifest
 
-    folder = Path(args.path)
-    manifest = Manifest.read(folder)
-    problems = manifest.check_sizes(folder)
+    state = build_state(args.path)
+    if state is not None:
+        raise DataError(
+            f"{args.path}: the build has not finished, {state[0]} of {state[1]} blocks are built; "
+            f"run the same `tsmoe data build` again, it goes on from there"
+        )
+    manifest = Manifest.read(args.path)
+    problems = manifest.check_sizes(args.path)
     if args.json:
         _print_json(
             {

@@ -11,6 +11,7 @@ import pytest
 from data_pipeline.build import build_corpus
 from data_pipeline.config import CorpusConfig
 from data_pipeline.record import Drop, SeriesRecord
+from data_pipeline.sources.unit import ReadsUnits, Unit
 from data_pipeline.steps.clean import CleanConfig
 
 MakeRecord = Callable[..., SeriesRecord]
@@ -18,10 +19,12 @@ BuildFrom = Callable[..., Path]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListedSource:
+class ListedSource(ReadsUnits):
     """A source that yields what it was given; an exception in the list is raised there."""
 
     items: Sequence[SeriesRecord | Drop | BaseException]
+    unit_sizes: tuple[int, ...] = (1,)
+    """One unit each; the items are dealt to them in runs."""
     licence: str | None = None
 
     def anchored(self, folder: Path) -> Self:
@@ -30,8 +33,16 @@ class ListedSource:
     def files(self) -> tuple[Path, ...]:
         return ()
 
-    def records(self) -> Iterator[SeriesRecord | Drop]:
-        for item in self.items:
+    def units(self) -> tuple[Unit, ...]:
+        return tuple(
+            Unit(file="listed", part=part, size_bytes=size)
+            for part, size in enumerate(self.unit_sizes)
+        )
+
+    def read(self, unit: Unit) -> Iterator[SeriesRecord | Drop]:
+        count = len(self.unit_sizes)
+        first, last = (len(self.items) * part // count for part in (unit.part, unit.part + 1))
+        for item in self.items[first:last]:
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -66,8 +77,12 @@ def make_record() -> MakeRecord:
 
 @pytest.fixture
 def listed_config() -> Callable[..., ListedConfig]:
-    def make(items: Sequence[SeriesRecord | Drop | BaseException], **settings: object):
-        return ListedConfig(sources=[ListedSource(items=items)], **settings)
+    def make(
+        items: Sequence[SeriesRecord | Drop | BaseException],
+        unit_sizes: tuple[int, ...] = (1,),
+        **settings: object,
+    ):
+        return ListedConfig(sources=[ListedSource(items=items, unit_sizes=unit_sizes)], **settings)
 
     return make
 

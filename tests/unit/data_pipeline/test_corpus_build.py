@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.build import build_corpus, up_to_date_manifest
+from data_pipeline.build.plan import make_plan
 from data_pipeline.config import load_corpus_config
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.record import Drop
@@ -125,42 +126,57 @@ def test_interrupted_build_leaves_nothing_that_looks_whole(
     config = listed_config([*random_records, error], shard_size_bytes=4096)
     with pytest.raises(type(error)):
         build_corpus(config, out)
-    assert list(out.iterdir()) == []
-    with pytest.raises(DataError, match="no corpus"):
+    assert [file.name for file in out.iterdir()] == ["BUILDING"]
+    with pytest.raises(DataError, match="has not finished"):
         Corpus.open(out)
-    assert build_corpus(listed_config(random_records), out).num_series == len(random_records)
+    again = listed_config(random_records, shard_size_bytes=4096)
+    assert build_corpus(again, out).num_series == len(random_records)
 
 
 def test_leftovers_of_a_killed_build_are_cleaned_up(
     tmp_path, listed_config, random_records
 ) -> None:
-    # What SIGKILL leaves: the mark, whole shards and a partial one, but no manifest.
-    for name in ("BUILDING", "part-00000.arrow", "part-00007.arrow", "part-00008.arrow.partial"):
+    # What SIGKILL leaves: half a block, shards that a merge had named already, but no manifest.
+    scratch = tmp_path / "BUILDING" / "00000.scratch"
+    scratch.mkdir(parents=True)
+    for name in ("part-00007.arrow", "BUILDING/00000.scratch/part-00000.arrow.partial"):
         (tmp_path / name).write_bytes(b"half")
+    config = listed_config(random_records)
+    (tmp_path / "BUILDING" / "plan.json").write_bytes(make_plan(config).to_json())
     with pytest.raises(DataError, match="has not finished"):
         Corpus.open(tmp_path)
-    build_corpus(listed_config(random_records), tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.json", "part-00000.arrow"]
+    build_corpus(config, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "curation",
+        "manifest.json",
+        "part-00000.arrow",
+        "series.arrow",
+    ]
     assert verify_corpus(tmp_path) == []
 
 
-def test_full_disk_stops_the_build_and_leaves_nothing(
+def test_full_disk_stops_the_build_until_there_is_room(
     tmp_path, listed_config, random_records, monkeypatch
 ) -> None:
     def fsync(descriptor: int) -> None:
-        if os.fstat(descriptor).st_size > 0:
+        if os.fstat(descriptor).st_size > 10_000:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(DataError, match=r"part-00000\.arrow: the disk is full"):
         build_corpus(listed_config(random_records), tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(DataError, match="has not finished"):
+        Corpus.open(tmp_path / "out")
+    monkeypatch.undo()
+    assert build_corpus(listed_config(random_records), tmp_path / "out").num_series == 40
 
 
 def test_nothing_left_lists_the_reasons(tmp_path, listed_config, make_record) -> None:
     items = [make_record([1, 2, 3]), make_record(np.ones(50))]
     with pytest.raises(DataError, match=r"constant 1, too_short 1"):
         build_corpus(listed_config(items), tmp_path / "out")
+    # Nothing stays that would stand in the way of better settings.
+    assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(DataError, match="sources are empty"):
         build_corpus(listed_config([]), tmp_path / "out")
 
@@ -171,7 +187,7 @@ def test_second_build_in_the_same_folder_is_refused(
     out = tmp_path / "out"
 
     class Nested:
-        def advance(self, source: str, points: int) -> None:
+        def advance(self, source: str, points: int, series: int = 1) -> None:
             build_corpus(listed_config(random_records, name="second"), out)
 
     with pytest.raises(ConfigError, match="another build is writing"):
