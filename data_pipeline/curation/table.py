@@ -23,7 +23,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.steps.quality import Measurements
 
-CURATION_TABLE = "curation/series.parquet"
+CURATION_FOLDER = "curation"
+CURATION_TABLE = f"{CURATION_FOLDER}/series.parquet"
 """Where a corpus keeps its table."""
 
 MEASURES = (
