@@ -208,9 +208,11 @@ class Corpus:
         shards = self.series_shards[series_ids]
         held: list[SeriesBatch] = []
         if self._cache is None:  # shards of a local corpus stay mapped
-            for shard in np.unique(shards[self._first_addresses[shards] == 0]):
-                self._first_addresses[shard] = _address(self._batches[int(shard)])
             bases = self._first_addresses[shards]
+            if not bases.all():
+                for shard in np.unique(shards[bases == 0]):
+                    self._first_addresses[shard] = _address(self._batches[int(shard)])
+                bases = self._first_addresses[shards]
         else:
             numbers, places = np.unique(shards, return_inverse=True)
             held = [self._batches[int(shard)] for shard in numbers]

@@ -52,8 +52,8 @@ class ResidentShards:
             batch = self._local.get(number)
             if batch is None:
                 file = self._shards[number].file
-                batch = open_shard(self._store.local_path(file))
-                self._local[number] = batch
+                # A shard stays at the address of its first mapping, whichever thread made it.
+                batch = self._local.setdefault(number, open_shard(self._store.local_path(file)))
             return batch
         if self._pid != os.getpid():
             self._begin()

@@ -13,12 +13,15 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.record import SeriesBatch
 from data_pipeline.shards.reader import Corpus
 from tsmoe.data.permutation import Integers
 
@@ -56,6 +59,29 @@ class Buffers:
         return torch.from_numpy(view)
 
 
+@dataclass(frozen=True)
+class PlacedWindows:
+    """Windows, and what was found out of each before it is read."""
+
+    series: Integers
+    starts: Integers
+    """First point of each; negative where the series is shorter than a window."""
+    addresses: Integers | None
+    """In memory; negative where a window begins before its shard. None: asked for anew by each
+    reader, as the shards of a remote corpus come and go."""
+    may_miss: NDArray[np.bool_]
+    """Whether some point may not have been observed."""
+
+    def part(self, rows: slice) -> PlacedWindows:
+        """Return some of the windows."""
+        return PlacedWindows(
+            self.series[rows],
+            self.starts[rows],
+            None if self.addresses is None else self.addresses[rows],
+            self.may_miss[rows],
+        )
+
+
 class WindowGather:
     """Cuts windows of one length out of a corpus."""
 
@@ -68,10 +94,8 @@ class WindowGather:
         self._all_true: dict[int, Tensor] = {}
         self._lock = threading.Lock()
 
-    def cut(self, series: Integers, starts: Integers) -> tuple[Tensor, Tensor]:
-        """Return the values (0 where nothing was observed) and what was observed, as (B, L).
-
-        The mask may be a constant that cannot be written to.
+    def place(self, series: Integers, starts: Integers) -> PlacedWindows:
+        """Find out once for many windows what `cut` must know of each.
 
         Args:
             series: of each window.
@@ -80,43 +104,65 @@ class WindowGather:
         Raises:
             IndexError: if a series does not exist, or a window ends after its series.
         """
-        addresses, shards = self.corpus.addresses(series, starts, self.length)
-        values_BL = self._buffers.take((len(series), self.length), torch.float32)
-        is_early = starts < 0
-        is_before_shard = addresses < 0
-        places = np.where(is_before_shard, _FIRST_ADDRESS, addresses)
-        places[is_before_shard] = places.max(initial=_FIRST_ADDRESS)
-        if not is_before_shard.all():
-            torch.index_select(
-                _address_space(self.length),
-                0,
-                torch.from_numpy((places - _FIRST_ADDRESS) // 4),
-                out=values_BL,
-            )
-        del shards  # were held so that they stay mapped
-        for row in np.flatnonzero(is_before_shard):
-            known = self.corpus.series(int(series[row]))[: max(0, int(starts[row]) + self.length)]
-            values_BL[row, : self.length - len(known)] = 0
-            values_BL[row, self.length - len(known) :] = torch.from_numpy(known.copy())
-        may_miss = is_early | ~self._is_complete[series]
-        if not may_miss.any():
-            return values_BL, self._constant(len(series))
-        return values_BL, self._mask(values_BL, may_miss, starts)
+        addresses = None
+        if self.corpus.max_resident_shards is None:  # a local corpus stays where it is
+            addresses, _ = self.corpus.addresses(series, starts, self.length)
+        return PlacedWindows(
+            series=series,
+            starts=starts,
+            addresses=addresses,
+            may_miss=(starts < 0) | ~self._is_complete[series],
+        )
 
-    def _mask(self, values_BL: Tensor, may_miss: np.ndarray, starts: Integers) -> Tensor:
+    def cut(self, windows: PlacedWindows) -> tuple[Tensor, Tensor]:
+        """Return the values (0 where nothing was observed) and what was observed, as (B, L).
+
+        The mask may be a constant that cannot be written to.
+        """
+        series, starts, addresses = windows.series, windows.starts, windows.addresses
+        shards: list[SeriesBatch] = []
+        if addresses is None:
+            addresses, shards = self.corpus.addresses(series, starts, self.length)
+        values_BL = self._buffers.take((len(series), self.length), torch.float32)
+        if addresses.min(initial=0) >= 0:
+            _read(addresses, out=values_BL)  # the usual case: a single copy
+        else:
+            self._read_some(windows, addresses, out=values_BL)
+        del shards  # were held so that what is read stays mapped
+        if not windows.may_miss.any():
+            return values_BL, self._constant(len(series))
+        return values_BL, self._mask(values_BL, windows)
+
+    def _read_some(self, windows: PlacedWindows, addresses: Integers, *, out: Tensor) -> None:
+        """Read windows of which some begin before their shard does."""
+        rows = np.flatnonzero(addresses >= 0)
+        read_BL = out.new_empty(len(rows), self.length)
+        _read(addresses[rows], out=read_BL)
+        out[torch.from_numpy(rows)] = read_BL
+        for row in np.flatnonzero(addresses < 0):
+            end = max(0, int(windows.starts[row]) + self.length)
+            out[row, : self.length - end] = 0
+            known = self.corpus.series(int(windows.series[row]))[:end]
+            out[row, self.length - end :] = torch.from_numpy(known.copy())
+
+    def _mask(self, values_BL: Tensor, windows: PlacedWindows) -> Tensor:
         """Mark what was observed and put 0 for the rest."""
         # A sum is NaN if a point is; where infinities cancel, a row is looked at for nothing.
-        may_miss &= (starts < 0) | values_BL.sum(1).isnan().numpy()
-        rows = torch.from_numpy(np.flatnonzero(may_miss))
-        if not len(rows):
+        starts = windows.starts
+        has_gap = (starts < 0) | values_BL.sum(1).isnan().numpy()
+        found = np.flatnonzero(has_gap & windows.may_miss)
+        if not found.size:
             return self._constant(len(values_BL))
-        observed_BL = self._buffers.take(tuple(values_BL.shape), torch.bool)
+        # numpy takes a sixth of torch's time for these few rows.
+        values, observed_BL = values_BL.numpy(), self._buffers.take(values_BL.shape, torch.bool)
+        some = values[found]
+        is_missing = np.isnan(some)
+        if (starts[found] < 0).any():
+            is_missing |= np.arange(self.length) < -starts[found][:, None]
+        np.copyto(some, 0, where=is_missing)
+        values[found] = some
         observed_BL.fill_(True)
-        some_BL = values_BL[rows]
-        first_B1 = torch.from_numpy(np.maximum(-starts, 0))[rows][:, None]
-        is_known_BL = (torch.arange(self.length) >= first_B1) & ~some_BL.isnan()
-        observed_BL[rows] = is_known_BL
-        values_BL[rows] = some_BL.masked_fill_(~is_known_BL, 0)
+        observed_BL.numpy()[found] = np.logical_not(is_missing, out=is_missing)
         return observed_BL
 
     def _constant(self, num_windows: int) -> Tensor:
@@ -129,6 +175,12 @@ class WindowGather:
                 mask = self._buffers.take((num_windows, self.length), torch.bool)
                 self._all_true[num_windows] = mask.fill_(True)
             return self._all_true[num_windows]
+
+
+def _read(addresses: Integers, *, out: Tensor) -> None:
+    """Copy what lies at these addresses, a window for each row."""
+    windows = torch.from_numpy((addresses - _FIRST_ADDRESS) >> 2)
+    torch.index_select(_address_space(out.shape[1]), 0, windows, out=out)
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,7 +7,6 @@ starting from another item.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,13 +14,13 @@ import torch
 
 from data_pipeline.shards.reader import Corpus
 from tsmoe.batch import WindowBatch
-from tsmoe.data.gather import WindowGather
+from tsmoe.data.gather import PlacedWindows, WindowGather
 from tsmoe.data.mixing import CurriculumPhase, Mixture, check_curriculum, source_quotas
 from tsmoe.data.mixup import mix_windows
 from tsmoe.data.order import WindowOrder
 from tsmoe.data.patch_mask import PatchMask
 from tsmoe.data.permutation import Integers, order_key, uniform
-from tsmoe.data.plan import PlannedWindows, WindowPlan
+from tsmoe.data.plan import WindowPlan
 from tsmoe.data.read_ahead import ReadAhead
 from tsmoe.data.shard_blocks import ShardBlocks
 from tsmoe.data.windows import WindowIndex
@@ -98,7 +97,7 @@ class TrainingBatches:
         blocks = shard_blocks(corpus, index, config.resident_shards)
         self._plan, self._partners = (
             WindowPlan(
-                corpus,
+                self._gather,
                 index,
                 WindowOrder(index.counts, quotas, order_key(name, seed), blocks=blocks),
                 micro_batch_size=micro_batch_size,
@@ -114,18 +113,18 @@ class TrainingBatches:
         return self._plan.order
 
     def __getitem__(self, item: int) -> WindowBatch:
-        windows = self._plan[item]
+        positions, windows = self._plan[item]
         batch = self._cut(windows)
         if self.mixup_share > 0:
             batch = self._mix(batch, item)
         if self.patch_mask is not None:
-            seen_BCL = self.patch_mask.hide(batch.observed_BCL, windows.positions, self.order.key)
+            seen_BCL = self.patch_mask.hide(batch.observed_BCL, positions, self.order.key)
             batch = replace(batch, observed_BCL=seen_BCL)
         return batch
 
-    def _cut(self, windows: PlannedWindows) -> WindowBatch:
+    def _cut(self, windows: PlacedWindows) -> WindowBatch:
         """Cut windows out of the corpus, C = 1."""
-        values_BL, observed_BL = self._gather.cut(windows.series, windows.starts)
+        values_BL, observed_BL = self._gather.cut(windows)
         return WindowBatch(
             values_BCL=values_BL[:, None],
             observed_BCL=observed_BL[:, None],
@@ -134,10 +133,10 @@ class TrainingBatches:
         )
 
     def _mix(self, batch: WindowBatch, item: int) -> WindowBatch:
-        partners = self._partners[item]
+        positions, partners = self._partners[item]
         # Up to half of a window is its partner, either way up; which windows, and how much, is a
         # function of the position, as all else.
-        chance, amount = uniform(partners.positions, self._partners.order.key)
+        chance, amount = uniform(positions, self._partners.order.key)
         shares = np.where(chance < self.mixup_share, amount - 0.5, 0)
         share_B = torch.from_numpy(shares.astype(np.float32))
         return mix_windows(batch, self._cut(partners), share_B)
@@ -175,7 +174,7 @@ class ValidationBatches:
         sources = np.searchsorted(ends, windows, side="right").astype(np.int64)
         numbers = windows - (ends - self.index.counts)[sources]
         _, series, starts = self.index.locate(sources, numbers)
-        values_BL, observed_BL = self._gather.cut(series, starts)
+        values_BL, observed_BL = self._gather.cut(self._gather.place(series, starts))
         # What lies before the split is context; a window past the last one counts for nothing.
         is_spare_B = places >= len(self.windows)
         first_target_B = np.where(
@@ -209,18 +208,16 @@ def shard_blocks(corpus: Corpus, index: WindowIndex, resident_shards: int) -> Sh
 
 def load_training(
     batches: TrainingBatches, *, num_batches: int, num_workers: int, timeout_seconds: float
-) -> Iterator[WindowBatch]:
+) -> ReadAhead[WindowBatch]:
     """Iterate over the next micro-batches, cut ahead of time by `num_workers` threads.
 
     Raises:
         DataError: if a batch is not there in time, or a shard cannot be read.
     """
-    return iter(
-        ReadAhead(
-            batches.__getitem__,
-            num_items=num_batches,
-            num_workers=num_workers,
-            timeout_seconds=timeout_seconds,
-            what=str(batches.corpus.path),
-        )
+    return ReadAhead(
+        batches.__getitem__,
+        num_items=num_batches,
+        num_workers=num_workers,
+        timeout_seconds=timeout_seconds,
+        what=str(batches.corpus.path),
     )

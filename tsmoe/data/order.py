@@ -74,22 +74,21 @@ class WindowOrder:
                 )
             )
         self._first_positions = np.array([phase.first_position for phase in self.phases])
+        self._first_decks = np.array([phase.first_deck for phase in self.phases])
 
     def draw(self, positions: Integers) -> tuple[Integers, Integers]:
         """Return the source and the number of the window within it, for each position."""
-        source, turn = np.empty_like(positions), np.empty_like(positions)
         phases = np.searchsorted(self._first_positions, positions, side="right") - 1
-        for number in np.unique(phases):
-            phase = self.phases[number]
-            decks, places = np.divmod(positions - phase.first_position, DECK_SIZE)
-            decks[phases != number] = -1
-            for deck in np.unique(decks[decks >= 0]):
-                is_here = decks == deck
-                sources, turns = self._deal(phase, int(deck))
-                here = sources[places[is_here]]
-                before = deck * phase.quotas + phase.dealt_before
-                source[is_here] = here
-                turn[is_here] = turns[places[is_here]] + before[here]
+        decks, places = np.divmod(positions - self._first_positions[phases], DECK_SIZE)
+        decks += self._first_decks[phases]
+        source, turn = np.empty_like(positions), np.empty_like(positions)
+        for deck in decks[:1] if (decks == decks[:1]).all() else np.unique(decks):
+            here = np.flatnonzero(decks == deck)
+            phase = self.phases[phases[here[0]]]
+            sources, turns = self._deal(phase, int(deck))
+            before = (deck - phase.first_deck) * phase.quotas + phase.dealt_before
+            source[here] = sources.take(places[here])
+            turn[here] = turns.take(places[here]) + before.take(source[here])
         epoch, turn = np.divmod(turn, self.counts[source])
         keys = derived_keys(derived_keys(np.full(len(source), ~self.key), source), epoch)
         if self.blocks is not None:
@@ -126,13 +125,13 @@ class WindowOrder:
         decks, rest = divmod(position - phase.first_position, DECK_SIZE)
         of_rest = np.zeros_like(phase.quotas)
         if rest:
-            sources, _ = self._deal(phase, decks)
+            sources, _ = self._deal(phase, phase.first_deck + decks)
             of_rest = np.bincount(sources[:rest], minlength=len(phase.quotas))
         return phase.dealt_before + decks * phase.quotas + of_rest
 
     def _deal(self, phase: Phase, deck: int) -> tuple[Integers, Integers]:
         """Return the source at each place of a deck, and how often it was dealt before there."""
-        return _deal(phase.quotas.tobytes(), int(self.key), phase.first_deck + deck)
+        return _deal(phase.quotas.tobytes(), int(self.key), deck)
 
 
 @functools.lru_cache(maxsize=4)

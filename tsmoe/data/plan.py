@@ -7,11 +7,10 @@ alone they would take longer than to copy it.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.shards.reader import Corpus
+from tsmoe.data.gather import PlacedWindows, WindowGather
 from tsmoe.data.order import WindowOrder
 from tsmoe.data.permutation import Integers
 from tsmoe.data.windows import WindowIndex
@@ -21,17 +20,6 @@ from tsmoe.ranks import Ranks
 _WINDOWS_AT_A_TIME = 32768
 # Workers are at most a few batches apart, so they are in at most two neighbouring stretches.
 _STRETCHES_KEPT = 2
-
-
-@dataclass(frozen=True)
-class PlannedWindows:
-    """Windows of a micro-batch."""
-
-    positions: Integers
-    """In the order of the run."""
-    series: Integers
-    starts: Integers
-    """First point of each; negative where the series is shorter than a window."""
 
 
 class WindowPlan:
@@ -44,7 +32,7 @@ class WindowPlan:
 
     def __init__(
         self,
-        corpus: Corpus,
+        gather: WindowGather,
         index: WindowIndex,
         order: WindowOrder,
         *,
@@ -53,43 +41,40 @@ class WindowPlan:
         first_window: int,
     ) -> None:
         self.order = order
-        self._corpus = corpus
+        self._gather = gather
         self._index = index
         self._micro_batch_size = micro_batch_size
         self._rank, self._world_size = ranks.rank, ranks.size
         self._first_window = first_window
         self._batches_at_a_time = max(1, _WINDOWS_AT_A_TIME // micro_batch_size)
-        self._stretches: dict[int, PlannedWindows] = {}
+        self._stretches: dict[int, tuple[Integers, PlacedWindows]] = {}
         self._lock = threading.Lock()
 
-    def __getitem__(self, item: int) -> PlannedWindows:
+    def __getitem__(self, item: int) -> tuple[Integers, PlacedWindows]:
+        """Return the positions in the order of the run of a micro-batch's windows, and them."""
         number, place = divmod(item, self._batches_at_a_time)
         with self._lock:
             if number not in self._stretches:
                 while len(self._stretches) >= _STRETCHES_KEPT:
                     del self._stretches[next(iter(self._stretches))]
                 self._stretches[number] = self._draw(number)
-            stretch = self._stretches[number]
+            positions, windows = self._stretches[number]
         part = slice(place * self._micro_batch_size, (place + 1) * self._micro_batch_size)
-        return PlannedWindows(
-            positions=stretch.positions[part],
-            series=stretch.series[part],
-            starts=stretch.starts[part],
-        )
+        return positions[part], windows.part(part)
 
-    def _draw(self, number: int) -> PlannedWindows:
+    def _draw(self, number: int) -> tuple[Integers, PlacedWindows]:
         items = np.arange(self._batches_at_a_time) + number * self._batches_at_a_time
         firsts = (items * self._world_size + self._rank) * self._micro_batch_size
         within = np.arange(self._micro_batch_size)
         positions = (self._first_window + firsts[:, None] + within).reshape(-1)
         _, series, starts = self._index.locate(*self.order.draw(positions))
-        if self._corpus.max_resident_shards is not None:
-            self._corpus.prefetch(self._shards_soon(series, int(positions[-1])))
-        return PlannedWindows(positions=positions, series=series, starts=starts)
+        if self._gather.corpus.max_resident_shards is not None:
+            self._gather.corpus.prefetch(self._shards_soon(series, int(positions[-1])))
+        return positions, self._gather.place(series, starts)
 
     def _shards_soon(self, series: Integers, position: int) -> list[int]:
         """Return the shards of these windows, and those that windows after a position come from."""
-        now = np.unique(self._corpus.series_shards[series]).tolist()
+        now = np.unique(self._gather.corpus.series_shards[series]).tolist()
         if self.order.blocks is None:
             return now
         return list(dict.fromkeys([*now, *self.order.shards_ahead(position).tolist()]))

@@ -9,11 +9,14 @@ served by threads of its own.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 import torch
 
@@ -21,15 +24,16 @@ from tsmoe.errors import DataError
 
 T = TypeVar("T")
 
-# Batches that are ready or in work, for each worker.
-_BATCHES_AHEAD = 2
+# Items that are ready or in work, for each worker.
+_ITEMS_AHEAD = 2
 _SECONDS_TO_END = 5.0
 
 
 class ReadAhead(Generic[T]):
     """Iterates over `make(0), make(1), ..`; an error of a worker is raised where its item is due.
 
-    Workers start with the first item and end with the iteration, however that ends.
+    Workers start with the first item, and end with the last one, with `close`, when the iterator is
+    forgotten, or with the program.
     """
 
     def __init__(
@@ -55,64 +59,63 @@ class ReadAhead(Generic[T]):
         self._num_workers = num_workers
         self._timeout_seconds = timeout_seconds
         self._what = what
+        self._next = 0
+        self._num_asked = 0
+        self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[_Made] = queue.SimpleQueue()
+        self._early: dict[int, _Made] = {}
+        self._end: weakref.finalize | None = None
 
     def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        number = self._next
+        if number == self._num_items:
+            self.close()
+            raise StopIteration
+        self._next += 1
         if self._num_workers == 0:
-            return map(self._make, range(self._num_items))
-        return self._iterate()
+            return self._make(number)
+        if self._end is None:
+            self._start()
+        # Asked for as one is handed out: what is held here does not grow while the consumer works.
+        while self._num_asked < min(self._num_items, number + 1 + self._num_workers * _ITEMS_AHEAD):
+            self._wanted.put(self._num_asked)
+            self._num_asked += 1
+        while number not in self._early:
+            made = self._receive(number)
+            self._early[made.number] = made
+        made = self._early.pop(number)
+        if made.error is not None:
+            self.close()
+            raise made.error
+        return cast(T, made.item)
 
-    def _iterate(self) -> Iterator[T]:
-        wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        made: queue.SimpleQueue[tuple[int, T | BaseException]] = queue.SimpleQueue()
-        workers = self._start(wanted, made)
-        ahead = min(self._num_items, self._num_workers * _BATCHES_AHEAD)
-        for number in range(ahead):
-            wanted.put(number)
-        early: dict[int, T | BaseException] = {}
-        try:
-            for number in range(self._num_items):
-                while number not in early:
-                    found, item = self._receive(made, number)
-                    early[found] = item
-                if ahead < self._num_items:
-                    wanted.put(ahead)
-                    ahead += 1
-                item = early.pop(number)
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                del item  # the consumer alone decides when its memory may be used again
-        finally:
-            early.clear()
-            for _ in workers:
-                wanted.put(None)
-            end = time.monotonic() + _SECONDS_TO_END
-            for worker in workers:
-                # One that hangs is left behind: it is a daemon and does not hold up the end.
-                worker.join(max(0.0, end - time.monotonic()))
+    def close(self) -> None:
+        """End the workers; may be called more than once."""
+        self._next = self._num_items
+        self._early.clear()
+        if self._end is not None:
+            self._end()
 
-    def _receive(
-        self, made: queue.SimpleQueue[tuple[int, T | BaseException]], number: int
-    ) -> tuple[int, T | BaseException]:
+    def _receive(self, number: int) -> _Made:
         try:
-            return made.get(timeout=self._timeout_seconds)
+            return self._made.get(timeout=self._timeout_seconds)
         except queue.Empty:
+            self.close()
             raise DataError(
                 f"{self._what}: batch {number} was not read within {self._timeout_seconds:g} s; "
                 "check that the storage answers, or raise training.timeout_seconds, then start the "
                 "same command again: it resumes from the last checkpoint"
             ) from None
 
-    def _start(
-        self,
-        wanted: queue.SimpleQueue[int | None],
-        made: queue.SimpleQueue[tuple[int, T | BaseException]],
-    ) -> list[threading.Thread]:
+    def _start(self) -> None:
         is_ready = threading.Barrier(self._num_workers + 1)
         workers = [
             threading.Thread(
                 target=_work,
-                args=(self._make, wanted, made, is_ready),
+                args=(self._make, self._wanted, self._made, is_ready),
                 name=f"read-ahead-{number}",
                 daemon=True,
             )
@@ -124,22 +127,40 @@ class ReadAhead(Generic[T]):
         is_ready.wait()
         # What a worker sets for itself is also what threads get that are yet to come.
         torch.set_num_threads(num_threads)
-        return workers
+        self._end = weakref.finalize(self, _end, self._wanted, workers)
+
+
+@dataclass(frozen=True)
+class _Made:
+    number: int
+    item: object = None
+    error: BaseException | None = None
 
 
 def _work(
-    make: Callable[[int], T],
+    make: Callable[[int], object],
     wanted: queue.SimpleQueue[int | None],
-    made: queue.SimpleQueue[tuple[int, T | BaseException]],
+    made: queue.SimpleQueue[_Made],
     is_ready: threading.Barrier,
 ) -> None:
     torch.set_num_threads(1)  # a worker is one core
     is_ready.wait()
     while (number := wanted.get()) is not None:
-        item: T | BaseException
         try:
-            item = make(number)
-        except BaseException as error:
-            item = error  # whatever it is, the consumer must hear of it
-        made.put((number, item))
-        del item
+            # Nothing is held here once it is handed over, so that its memory can be used again.
+            made.put(_Made(number, make(number)))
+        except BaseException as error:  # whatever it is, the consumer must hear of it
+            made.put(_Made(number, error=error))
+
+
+def _end(wanted: queue.SimpleQueue[int | None], workers: list[threading.Thread]) -> None:
+    """Let the workers end before the interpreter does: it would kill them amid native code."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            wanted.get_nowait()
+    for _ in workers:
+        wanted.put(None)
+    end = time.monotonic() + _SECONDS_TO_END
+    for worker in workers:
+        # One that hangs is left behind: it is a daemon and does not hold up the end.
+        worker.join(max(0.0, end - time.monotonic()))

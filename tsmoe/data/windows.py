@@ -47,15 +47,15 @@ class WindowIndex:
 
     def locate(self, sources: Integers, numbers: Integers) -> tuple[Integers, Integers, Integers]:
         """Return row in this index, series and start of each window; a start may be negative."""
-        windows = numbers + (self.counts.cumsum() - self.counts)[sources]
+        windows = numbers + (self.counts.cumsum() - self.counts).take(sources)
         rows = np.searchsorted(self.first_window, windows, side="right") - 1
-        within = windows - self.first_window[rows]
-        series = self.series[rows].astype(np.int64)
+        within = windows - self.first_window.take(rows)
+        series = self.series.take(rows).astype(np.int64)
+        latest = self.ends.take(series) - self.window_length
         if self.is_validation:
             # From the end backwards, so that every target after the split is seen once.
-            starts = self.ends[series] - within * self.stride - self.window_length
+            starts = latest - within * self.stride
         else:
-            latest = self.ends[series] - self.window_length
             # The last window ends with the series' last point: no tail is left out.
             starts = np.minimum(within * self.stride, latest)
         return rows, series, starts

@@ -60,7 +60,8 @@ def contents(*batches: WindowBatch) -> list[tuple]:
 
 def assert_same(first: WindowBatch, second: WindowBatch) -> None:
     for name, tensor in vars(first).items():
-        assert torch.equal(tensor, vars(second)[name]), name
+        other = vars(second)[name]
+        assert tensor is other is None or torch.equal(tensor, other), name
 
 
 def test_batch_holds_the_series_points_and_marks_what_is_missing(corpus) -> None:
