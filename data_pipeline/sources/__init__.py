@@ -17,6 +17,7 @@ from data_pipeline.sources.jsonl import JsonlSource
 from data_pipeline.sources.npy import NpySource
 from data_pipeline.sources.parquet import ParquetSource
 from data_pipeline.sources.saved import SavedSource
+from data_pipeline.sources.synthetic import SyntheticSource
 from data_pipeline.sources.time300b import Time300bSource
 from data_pipeline.sources.tsf import TsfSource
 
@@ -30,6 +31,7 @@ SOURCE_TYPES = (
     JsonlSource,
     GluontsSource,
     SavedSource,
+    SyntheticSource,
 )
 SourceConfig = Annotated[
     ParquetSource
@@ -40,7 +42,8 @@ SourceConfig = Annotated[
     | TsfSource
     | JsonlSource
     | GluontsSource
-    | SavedSource,
+    | SavedSource
+    | SyntheticSource,
     Field(discriminator="type"),
 ]
 
@@ -54,6 +57,7 @@ __all__ = [
     "ParquetSource",
     "SavedSource",
     "SourceConfig",
+    "SyntheticSource",
     "Time300bSource",
     "TsfSource",
 ]

@@ -13,6 +13,7 @@ from data_pipeline.sources import (
     JsonlSource,
     NpySource,
     SavedSource,
+    SyntheticSource,
     Time300bSource,
     TsfSource,
 )
@@ -65,6 +66,10 @@ def saved_example(folder: Path) -> SavedSource:
     return SavedSource(path="saved")
 
 
+def synthetic_example(folder: Path) -> SyntheticSource:
+    return SyntheticSource(num_series=2, min_length=40, max_length=60)
+
+
 FORMAT_EXAMPLES: dict[type, Callable[[Path], object]] = {
     NpySource: npy_example,
     Time300bSource: time300b_example,
@@ -72,4 +77,5 @@ FORMAT_EXAMPLES: dict[type, Callable[[Path], object]] = {
     JsonlSource: jsonl_example,
     GluontsSource: gluonts_example,
     SavedSource: saved_example,
+    SyntheticSource: synthetic_example,
 }

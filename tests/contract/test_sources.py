@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,23 @@ EXAMPLES: dict[type, Callable[[Path], object]] = {
 }
 
 
+# Those that read files; the others make their series up.
+FILE_SOURCE_TYPES = [source for source in SOURCE_TYPES if "path" in source.__dataclass_fields__]
+
+
+def example(source_type: type, folder: Path):
+    assert source_type in EXAMPLES, f"{source_type.__name__} needs an example"
+    return EXAMPLES[source_type](folder).anchored(folder)
+
+
 @pytest.fixture(params=SOURCE_TYPES, ids=lambda source: source.type)
 def source(request, tmp_path):
-    assert request.param in EXAMPLES, f"{request.param.__name__} needs an example in this file"
-    return EXAMPLES[request.param](tmp_path).anchored(tmp_path)
+    return example(request.param, tmp_path)
+
+
+@pytest.fixture(params=FILE_SOURCE_TYPES, ids=lambda source: source.type)
+def file_source(request, tmp_path):
+    return example(request.param, tmp_path)
 
 
 def series_of(source) -> list[SeriesRecord]:
@@ -56,11 +69,16 @@ def series_of(source) -> list[SeriesRecord]:
     return items
 
 
-def test_every_series_arrives_as_float32_with_nan(source) -> None:
+def test_every_series_is_float32_of_one_axis(source) -> None:
     records = series_of(source)
-    for record, expected in zip(records, EXPECTED, strict=True):
+    assert len(records) == len(EXPECTED)
+    for record in records:
         assert record.values.dtype == np.float32
         assert record.values.ndim == 1
+
+
+def test_every_value_arrives_with_nan_where_it_is_missing(file_source) -> None:
+    for record, expected in zip(series_of(file_source), EXPECTED, strict=True):
         np.testing.assert_array_equal(record.values, expected)
 
 
@@ -73,6 +91,17 @@ def test_every_series_is_named(source) -> None:
 def test_reading_twice_gives_the_same(source) -> None:
     first, second = series_of(source), series_of(source)
     assert [record.item_id for record in first] == [record.item_id for record in second]
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.values, other.values)
+
+
+def test_units_are_the_same_every_time_and_hold_every_series(source) -> None:
+    units = source.units()
+    assert units == source.units()
+    assert len(set(units)) == len(units)
+    parts = [list(source.read(unit)) for unit in reversed(units)][::-1]
+    names = [(record.item_id, record.variate) for part in parts for record in part]
+    assert names == [(record.item_id, record.variate) for record in series_of(source)]
 
 
 def test_user_overrides_domain_source_and_freq(source) -> None:
@@ -80,14 +109,19 @@ def test_user_overrides_domain_source_and_freq(source) -> None:
         assert (record.domain, record.source, record.freq) == ("IoT", "mine", "4s")
 
 
-def test_local_files_are_listed(source) -> None:
-    files = source.files()
+def test_local_files_are_listed(file_source) -> None:
+    files = file_source.files()
     assert files
     assert all(file.is_absolute() and file.is_file() for file in files)
 
 
 def test_tag_and_fields_survive_the_configuration(source) -> None:
-    plain = {"type": source.type, "path": source.path, "licence": "CC0"}
+    given = {
+        field.name: getattr(source, field.name)
+        for field in fields(source)
+        if getattr(source, field.name) != field.default
+    }
+    plain = {"type": source.type, **given, "licence": "CC0"}
     config = decode_corpus_config({"sources": [plain]}, where="corpus.yaml")
     assert config.sources == [replace(source, licence="CC0")]
     assert config.as_json()["sources"][0]["type"] == source.type
