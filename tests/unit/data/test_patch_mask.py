@@ -48,6 +48,32 @@ def test_mask_is_a_function_of_the_position() -> None:
     assert not torch.equal(mask.hide(observed_BCL, positions, order_key("other", 0)), whole)
 
 
+@pytest.mark.parametrize("tokens_per_patch", [1, 2])
+def test_each_series_of_a_packed_window_is_hidden_as_a_window_is(tokens_per_patch: int) -> None:
+    mask = PatchMask(context_length=CONTEXT, patch_length=PATCH, lookahead_patches=4)
+    # Two patches of fill, five patches of a series (the last no token), three of another.
+    series = np.repeat([-1, -1, 5, 5, 5, 5, -1, 3, 3, 3], tokens_per_patch)
+    series = series[: (PATCHES - 1) * tokens_per_patch + 1]
+    windows = 2000
+    hidden = (
+        ~mask.hide(
+            torch.ones(windows, 1, CONTEXT + PATCH, dtype=torch.bool),
+            np.arange(windows),
+            KEY,
+            torch.from_numpy(series).expand(windows, 1, -1),
+        )[:, 0, :CONTEXT]
+        .unflatten(-1, (PATCHES, PATCH))
+        .any(-1)
+        .numpy()
+    )
+    assert not hidden[:, [2, 7]].any()
+    # A run ends where a series does, and may begin at once in the next.
+    assert (hidden[:, [3, 8]].mean(0) > 0.25).all()
+    after_a_run = hidden[:, 4:7].all(1)
+    assert after_a_run.sum() > 50
+    assert 0.2 < hidden[after_a_run][:, 8].mean() < 0.4
+
+
 def test_what_was_not_recorded_stays_unseen() -> None:
     mask = PatchMask(context_length=CONTEXT, patch_length=PATCH, lookahead_patches=2)
     nothing_BCL = torch.zeros(3, 1, CONTEXT + PATCH, dtype=torch.bool)
