@@ -83,7 +83,7 @@ class TrainingBatches:
         ranks: Ranks,
         first_window: int = 0,
     ) -> None:
-        self.corpus = corpus
+        self.corpus, self.index = corpus, index
         self.mixup_share = config.mixup_share
         self.patch_mask = patch_mask
         self._gather = WindowGather(
@@ -125,6 +125,31 @@ class TrainingBatches:
     def _cut(self, windows: PlacedWindows) -> WindowBatch:
         """Cut windows out of the corpus, C = 1."""
         values_BL, observed_BL = self._gather.cut(windows)
+    def source_shares(self, begin: int, end: int) -> dict[str, float]:
+        """Return the part of each source in the windows [begin, end) of the run, of all ranks."""
+        dealt = self.order.dealt(end) - self.order.dealt(begin)
+        names = self.corpus.sources
+        return {names[i]: int(dealt[i]) / (end - begin) for i in np.flatnonzero(self.index.counts)}
+
+    def cache_problem(self) -> str | None:
+        """Say so if the cache of a remote corpus is too small for what is drawn from at a time."""
+        room = self.corpus.max_resident_shards
+        if room is None:
+            return None
+        if self.order.blocks is None:
+            drawn_from = len(np.unique(self.corpus.series_shards[self.index.series]))
+            hint = "set data.resident_shards or raise"
+        else:
+            # Those of now and of soon; of partners in mix-up, as many others.
+            drawn_from = 2 * self.order.blocks.num_resident * (1 + (self.mixup_share > 0))
+            hint = "lower data.resident_shards or raise"
+        if drawn_from <= room:
+            return None
+        return (
+            f"windows are drawn from {drawn_from} shards at a time, but the cache holds {room}: "
+            f"shards will be fetched again and again; {hint} TSMOE_CACHE_BYTES"
+        )
+
         return WindowBatch(
             values_BCL=values_BL[:, None],
             observed_BCL=observed_BL[:, None],
@@ -150,15 +175,27 @@ class ValidationBatches:
     """
 
     def __init__(
-        self, corpus: Corpus, index: WindowIndex, *, max_windows: int, batch_size: int, ranks: Ranks
+        self,
+        corpus: Corpus,
+        index: WindowIndex,
+        *,
+        max_windows: int,
+        batch_size: int,
+        ranks: Ranks,
+        resident_shards: int = 0,
     ) -> None:
         if not index.is_validation:
             raise ValueError("validation batches want the windows of the validation split")
         self.index, self.batch_size = index, batch_size
         self._gather = WindowGather(corpus, index.window_length)
-        total = index.num_windows
-        count = min(total, max_windows)
-        self.windows = np.arange(count, dtype=np.int64) * total // count
+        counts = np.diff(index.first_window, append=index.num_windows)
+        if (blocks := shard_blocks(corpus, index, resident_shards)) is not None:
+            counts[~blocks.is_in_spread()] = 0
+        ends = counts.cumsum()
+        count = min(int(ends[-1]), max_windows)
+        chosen = np.arange(count, dtype=np.int64) * ends[-1] // max(count, 1)
+        rows = np.searchsorted(ends, chosen, side="right")
+        self.windows = index.first_window[rows] + chosen - (ends - counts)[rows]
         self.rank, self.world_size = ranks.rank, ranks.size
 
     def __len__(self) -> int:
@@ -169,6 +206,7 @@ class ValidationBatches:
             raise IndexError(item)
         first = (item * self.world_size + self.rank) * self.batch_size
         places = first + np.arange(self.batch_size)
+        """Choose the windows; with `resident_shards`, from so many shards of each source."""
         windows = self.windows[np.minimum(places, len(self.windows) - 1)]
         ends = self.index.counts.cumsum()
         sources = np.searchsorted(ends, windows, side="right").astype(np.int64)

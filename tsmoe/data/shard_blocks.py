@@ -8,6 +8,7 @@ A cell is the part of a source that lies in one shard.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,11 +58,25 @@ class ShardBlocks:
         )
         self._shards = shards[begins].astype(np.int64)
         self._counts = np.add.reduceat(counts, begins)
+        self._num_series = np.diff(begins, append=len(sources))
         of_source = sources[begins]
         self._first_cell = np.searchsorted(of_source, np.arange(int(of_source[-1]) + 2))
         self._resident_shards = resident_shards
         # The layouts of the epochs at hand; a copy in another process makes its own.
         self._layout = functools.lru_cache(maxsize=4096)(self._lay_out)
+
+    @property
+    def num_resident(self) -> int:
+        """Shards that windows are drawn from at a time, at most."""
+        return int(np.minimum(np.diff(self._first_cell), self._resident_shards).sum())
+
+    def is_in_spread(self) -> NDArray[np.bool_]:
+        """Tell for each series whether its shard is among evenly spaced ones of its source."""
+        is_chosen = np.zeros(len(self._shards), dtype=bool)
+        for first, end in itertools.pairwise(self._first_cell):
+            count = min(self._resident_shards, end - first)
+            is_chosen[first + np.arange(count) * (end - first) // max(count, 1)] = True
+        return np.repeat(is_chosen, self._num_series)
 
     def permute(self, sources: Integers, turns: Integers, keys: Keys) -> Integers:
         """Return the number within its source of the window at each turn of an epoch.

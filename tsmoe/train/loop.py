@@ -36,6 +36,7 @@ from tsmoe.engine.protocol import Engine
 from tsmoe.errors import CheckpointError, DataError, TrainingError
 from tsmoe.ranks import Ranks
 from tsmoe.train.record import RunRecord
+from tsmoe.train.order_check import check_same_order
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.run_lock import run_lock
 from tsmoe.train.schedule import balance_rate, learning_rate
@@ -153,13 +154,17 @@ def _train(
                     seconds=time.monotonic() - begun,
                     seconds_waited=waited,
                 )
-                is_stopping, is_any_rank_writing = (count > 0 for count in report.flags)
                 done = step + 1
                 is_last = is_stopping or done == training.steps
+                windows_seen = first_window + (done - first_step) * training.global_batch_size
+                if step % training.log_every_steps == 0:
+                    since = min(training.log_every_steps, done - first_step)
+                    begun_at = windows_seen - since * training.global_batch_size
+                    record.mixed(step, data.training.source_shares(begun_at, windows_seen))
+                is_stopping, is_any_rank_writing = (count > 0 for count in report.flags)
                 if saver.is_pending and not is_any_rank_writing:
                     saver.finish()
                 if done % config.checkpoint.every_steps == 0 or is_last:
-                    windows_seen = first_window + (done - first_step) * training.global_batch_size
                     saver.begin(_meta(config, data.corpus, done, windows_seen), engine.snapshot())
                 if done % training.validate_every_steps == 0 or done == training.steps:
                     record.validated(step, _validate(config, engine, data.validation))
@@ -266,10 +271,13 @@ def _meta(config: RunConfig, corpus: Corpus, step: int, windows_seen: int) -> Ch
         windows_seen=windows_seen,
         config=encode(config),
         corpus_fingerprint=corpus.fingerprint,
+    if ranks.is_first and (problem := training.cache_problem()):
+        logger.warning("%s: %s", corpus.path, problem)
     )
 
 
 def _verify(corpus: Corpus, ranks: Ranks) -> None:
+        resident_shards=config.data.resident_shards,
     """Let the first rank check the shards that have changed since, and tell the others."""
     problems = ranks.gather(verify_changed(corpus) if ranks.is_first else [])[0]
     if problems:
@@ -301,15 +309,4 @@ def _check_resumable(config: RunConfig, corpus: Corpus, folder: Path, meta: Chec
             f"{folder}: trained on a corpus with fingerprint {meta.corpus_fingerprint[:12]}, but "
             f"{corpus.path} has {corpus.fingerprint[:12]}; use that corpus, or another run="
         )
-    for name, saved, wanted in (
-        ("seed", meta.config["seed"], config.seed),
-        *(
-            (f"data.{key}", meta.config["data"].get(key), getattr(config.data, key))
-            for key in ("window_stride", "source_temperature", "mixup_share")
-        ),
-    ):
-        if saved != wanted:
-            raise CheckpointError(
-                f"{folder}: trained with {name}={saved}, but {name} is {wanted}; the order of "
-                "windows would jump; use the same, or another run="
-            )
+    check_same_order(config, folder, meta)

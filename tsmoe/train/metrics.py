@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tsmoe.train.step import StepReport
 
 # An expert is live if it gets at least this part of the mean load.
 LIVE_SHARE = 0.25
+# Tensorboard shows so many of the sources, the largest; metrics.jsonl has all.
+SOURCES_SHOWN = 64
 
 
 def expert_metrics(load_ME: Tensor) -> dict[str, list[float]]:
@@ -96,6 +99,12 @@ class MetricsWriter:
             for layer, row in enumerate(table.tolist()):
                 tags = {f"{name}/layer_{layer:02}/expert_{e:03}": v for e, v in enumerate(row)}
                 self._write_scalars(step, tags)
+
+    def write_sources(self, step: int, shares: Mapping[str, float]) -> None:
+        """Record the part that each source had in the windows since the last such line."""
+        self._write_line({"step": step, "sources": dict(shares)})
+        largest = sorted(shares, key=lambda name: -shares[name])[:SOURCES_SHOWN]
+        self._write_scalars(step, {f"sources/{name}": shares[name] for name in largest})
 
     def write_validation(self, step: int, loss: float) -> None:
         """Record the validation loss after a step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -64,6 +65,11 @@ class RunRecord:
                 data_wait_share=seconds_waited / seconds,
             )
         self._progress.advanced(step + 1, loss=report.loss, points_per_second=points_per_second)
+
+    def mixed(self, step: int, source_shares: Mapping[str, float]) -> None:
+        """Record in which shares the sources were seen up to a step."""
+        if self._writer is not None:
+            self._writer.write_sources(step, source_shares)
 
     def validated(self, step: int, loss: float) -> None:
         """Record the validation loss after a step."""

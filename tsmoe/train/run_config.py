@@ -46,7 +46,7 @@ class TrainingConfig(Section):
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     timeout_seconds: float = 600.0
-    """A collective that waits longer than this for another rank fails."""
+    """A collective that waits longer than this for another rank fails, and a step for its data."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size", "validate_every_steps",
@@ -81,6 +81,16 @@ class RunConfig(Section):
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=PlainEngineConfig)
+
+    def __post_init__(self) -> None:
+        model = self.model
+        if self.data.packs_short_series and model.context_length % model.patch_length:
+            below = model.context_length // model.patch_length * model.patch_length
+            raise ValueError(
+                f"model.context_length ({model.context_length}) must be a multiple of "
+                f"model.patch_length ({model.patch_length}) where data.packs_short_series is true; "
+                f"nearest are {below} and {below + model.patch_length}"
+            )
 
     def check_world_size(self, world_size: int) -> None:
         """Check what depends on the number of ranks, before any data is opened.
