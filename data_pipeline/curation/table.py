@@ -239,7 +239,7 @@ def _remove(
         return batch, last
     rows = np.flatnonzero(is_kept)
     reasons, copies = batch["reason"].to_pylist(), batch["copy_of"].to_pylist()
-    for number in [number for number in removed if num_kept <= number < last]:
+    for number in [number for number in removed if number < last]:
         row = int(rows[number - num_kept])
         removal = removed.pop(number)
         reasons[row], copies[row] = removal.reason, removal.copy_of

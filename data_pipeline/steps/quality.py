@@ -143,9 +143,8 @@ def forecastability(values: np.ndarray) -> float:
         sums = amplitudes.sum(axis=1)
         logs = np.log(np.maximum(amplitudes, np.finfo(np.float32).tiny))
         is_flat = sums == 0.0
-        sums[is_flat] = 1.0
+        sums[is_flat] = 1.0  # which makes their entropy 0
         entropies = np.log(sums) - (amplitudes * logs).sum(axis=1) / sums
-        entropies[is_flat] = 0.0
         total += float((1.0 - entropies / math.log(num_bins)).sum(dtype=np.float64))
     return total / num_windows
 

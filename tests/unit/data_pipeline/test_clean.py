@@ -71,6 +71,7 @@ def test_each_fault_has_its_reason(make_record, values, reason) -> None:
         # A series at the threshold stays, and so does one that could not be measured.
         ({"missing_fraction": 0.2, "longest_gap_fraction": 0.05, "constant_fraction": 0.5}, None),
         ({"clipped_fraction": 0.2, "spike_fraction": 0.25, "adf": -2.0}, None),
+        ({"forecastability": 0.1}, None),
         ({"adf": NAN, "forecastability": NAN, "clipped_fraction": NAN}, None),
         # The first reason counts.
         ({"forecastability": 0.0, "clipped_fraction": 1.0}, "clipped"),

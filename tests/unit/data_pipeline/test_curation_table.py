@@ -152,6 +152,7 @@ def test_thumbnail_keeps_the_extremes_in_order() -> None:
     ramp = thumbnail(np.arange(1000, dtype=np.float32))
     assert (np.diff(ramp) > 0).all()
     assert (ramp[0], ramp[-1]) == (0, 999)
+    np.testing.assert_array_equal(thumbnail(-np.arange(1000, dtype=np.float32)), -ramp)
 
 
 def test_thumbnail_shows_gaps() -> None:

@@ -55,10 +55,11 @@ def test_shift_and_scale_do_not_matter() -> None:
         [5.0] * 100,
         list(range(100)),  # every difference is the constant
         [0.0, 1.0, 2.0, 3.0] * 50,
+        np.sin(np.arange(3000) / 50) + 0.3 * np.sin(np.arange(3000) / 7.3),  # rounding decides
         [*noise(100), np.inf],
         [*noise(100), -np.inf, np.nan],
     ],
-    ids=["empty", "short", "constant", "line", "saw", "infinite", "infinite and missing"],
+    ids=["empty", "short", "constant", "line", "saw", "smooth", "infinite", "infinite and missing"],
 )
 def test_series_without_a_statistic_is_nan(values) -> None:
     assert np.isnan(dickey_fuller(np.array(values, np.float32)))

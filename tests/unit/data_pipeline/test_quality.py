@@ -64,8 +64,11 @@ def test_flat_tops_and_bottoms_are_clipped() -> None:
 
 
 def test_natural_ends_of_a_range_are_not_clipped() -> None:
-    rain = np.maximum(NOISE, 0)
-    assert measured(np.repeat(rain, 3)).clipped_fraction < 0.01  # dry half of the time
+    rain = np.maximum(NOISE + 0.25, 0)
+    assert 0.3 < (rain == 0).mean() < 0.5  # of the time it is dry
+    assert measured(np.repeat(rain, 3)).clipped_fraction < 0.01
+    drizzle = np.maximum(NOISE + 0.25, 0.01)
+    assert measured(np.repeat(drizzle, 3)).clipped_fraction > 0.3
     idle = clipped_series(3, 99)
     assert (idle == 3).mean() > 0.5
     assert measured(idle).clipped_fraction == 0.0
@@ -94,6 +97,8 @@ def test_spikes_jump_out_and_back() -> None:
     assert result.spike_fraction == pytest.approx(2 / 1000)
     assert 40 < result.worst_spike < 60
     values[600:] += 500
+    values[800:] += 500
+    values[801:] += 500  # two steps up in a row are no spike
     assert measured(values).worst_spike == pytest.approx(result.worst_spike, rel=0.05)
 
 
@@ -163,6 +168,7 @@ def test_huge_and_tiny_values_are_measured_like_others(scale) -> None:
     assert not result.has_infinite
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("values", [[], [NAN], [1.0], [NAN] * 300, [np.inf] * 300, [1, np.inf, 2]])
 def test_odd_series_are_measured_without_a_warning(values) -> None:
     result = measured(values)
