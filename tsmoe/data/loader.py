@@ -18,6 +18,7 @@ from tsmoe.data.gather import PlacedWindows, WindowGather
 from tsmoe.data.mixing import CurriculumPhase, Mixture, check_curriculum, source_quotas
 from tsmoe.data.mixup import mix_windows
 from tsmoe.data.order import WindowOrder
+from tsmoe.data.pack_gather import PackGather
 from tsmoe.data.patch_mask import PatchMask
 from tsmoe.data.permutation import Integers, order_key, uniform
 from tsmoe.data.plan import WindowPlan
@@ -37,6 +38,9 @@ class DataConfig(Mixture):
     """Points between the starts of neighbouring windows of a series."""
     mixup_share: float = 0.0
     """Share of the windows that are mixed with a window of another place in the order."""
+    packs_short_series: bool = False
+    """Whether series shorter than a window share windows, several in each; none sees another. A
+    source's share of the windows stays, so that it comes round to its short series more often."""
     resident_shards: int = 0
     """Shards of each source that windows are drawn from at a time, so that a bounded cache of a
     remote corpus suffices; mix-up draws from as many others. 0 draws from all shards."""
@@ -62,6 +66,11 @@ class DataConfig(Mixture):
             )
         if not 0 <= self.mixup_share <= 1:
             raise ValueError(f"mixup_share ({self.mixup_share}) must lie between 0 and 1")
+        if self.mixup_share and self.packs_short_series:
+            raise ValueError(
+                f"mixup_share ({self.mixup_share}) must be 0 where packs_short_series is true: "
+                "windows of several series cannot be mixed"
+            )
 
 
 class TrainingBatches:
@@ -78,14 +87,18 @@ class TrainingBatches:
         *,
         seed: int,
         patch_mask: PatchMask | None = None,
+        packs: PackGather | None = None,
         global_batch_size: int,
         micro_batch_size: int,
         ranks: Ranks,
         first_window: int = 0,
     ) -> None:
+        if packs is not None:
+            index = packs.packs.index
         self.corpus, self.index = corpus, index
         self.mixup_share = config.mixup_share
         self.patch_mask = patch_mask
+        self._packs = packs
         self._gather = WindowGather(
             corpus, index.window_length, is_pinned=ranks.device.type == "cuda"
         )
@@ -112,19 +125,6 @@ class TrainingBatches:
         """The order of all windows of the run, over all ranks."""
         return self._plan.order
 
-    def __getitem__(self, item: int) -> WindowBatch:
-        positions, windows = self._plan[item]
-        batch = self._cut(windows)
-        if self.mixup_share > 0:
-            batch = self._mix(batch, item)
-        if self.patch_mask is not None:
-            seen_BCL = self.patch_mask.hide(batch.observed_BCL, positions, self.order.key)
-            batch = replace(batch, observed_BCL=seen_BCL)
-        return batch
-
-    def _cut(self, windows: PlacedWindows) -> WindowBatch:
-        """Cut windows out of the corpus, C = 1."""
-        values_BL, observed_BL = self._gather.cut(windows)
     def source_shares(self, begin: int, end: int) -> dict[str, float]:
         """Return the part of each source in the windows [begin, end) of the run, of all ranks."""
         dealt = self.order.dealt(end) - self.order.dealt(begin)
@@ -150,6 +150,23 @@ class TrainingBatches:
             f"shards will be fetched again and again; {hint} TSMOE_CACHE_BYTES"
         )
 
+    def __getitem__(self, item: int) -> WindowBatch:
+        positions, windows = self._plan[item]
+        batch = self._cut(windows)
+        if self.mixup_share > 0:
+            batch = self._mix(batch, item)
+        if self.patch_mask is not None:
+            seen_BCL = self.patch_mask.hide(
+                batch.observed_BCL, positions, self.order.key, batch.series_BCN
+            )
+            batch = replace(batch, observed_BCL=seen_BCL)
+        return batch
+
+    def _cut(self, windows: PlacedWindows) -> WindowBatch:
+        """Cut windows out of the corpus, C = 1."""
+        if self._packs is not None and self._packs.has_pack(windows.series):
+            return self._packs.cut(windows.series, windows.starts)
+        values_BL, observed_BL = self._gather.cut(windows)
         return WindowBatch(
             values_BCL=values_BL[:, None],
             observed_BCL=observed_BL[:, None],
@@ -184,6 +201,7 @@ class ValidationBatches:
         ranks: Ranks,
         resident_shards: int = 0,
     ) -> None:
+        """Choose the windows; with `resident_shards`, from so many shards of each source."""
         if not index.is_validation:
             raise ValueError("validation batches want the windows of the validation split")
         self.index, self.batch_size = index, batch_size
@@ -206,7 +224,6 @@ class ValidationBatches:
             raise IndexError(item)
         first = (item * self.world_size + self.rank) * self.batch_size
         places = first + np.arange(self.batch_size)
-        """Choose the windows; with `resident_shards`, from so many shards of each source."""
         windows = self.windows[np.minimum(places, len(self.windows) - 1)]
         ends = self.index.counts.cumsum()
         sources = np.searchsorted(ends, windows, side="right").astype(np.int64)

@@ -29,14 +29,15 @@ from tsmoe.checkpoint.resume import check_same_model, newest_checkpoint
 from tsmoe.checkpoint.saver import CheckpointSaver
 from tsmoe.config import encode
 from tsmoe.data.loader import TrainingBatches, ValidationBatches, load_training
+from tsmoe.data.pack_gather import PackGather
 from tsmoe.data.patch_mask import PatchMask
 from tsmoe.data.windows import training_windows, validation_windows
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
 from tsmoe.errors import CheckpointError, DataError, TrainingError
 from tsmoe.ranks import Ranks
-from tsmoe.train.record import RunRecord
 from tsmoe.train.order_check import check_same_order
+from tsmoe.train.record import RunRecord
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.run_lock import run_lock
 from tsmoe.train.schedule import balance_rate, learning_rate
@@ -155,13 +156,13 @@ def _train(
                     seconds_waited=waited,
                 )
                 done = step + 1
-                is_last = is_stopping or done == training.steps
                 windows_seen = first_window + (done - first_step) * training.global_batch_size
                 if step % training.log_every_steps == 0:
                     since = min(training.log_every_steps, done - first_step)
                     begun_at = windows_seen - since * training.global_batch_size
                     record.mixed(step, data.training.source_shares(begun_at, windows_seen))
                 is_stopping, is_any_rank_writing = (count > 0 for count in report.flags)
+                is_last = is_stopping or done == training.steps
                 if saver.is_pending and not is_any_rank_writing:
                     saver.finish()
                 if done % config.checkpoint.every_steps == 0 or is_last:
@@ -239,11 +240,27 @@ def _open_data(config: RunConfig, corpus: Corpus, ranks: Ranks, first_window: in
             "%s: %d of %d series have no more than %d points before the split and are not used",
             corpus.path, index.unusable_series, corpus.num_series, config.model.patch_length,
         )  # fmt: skip
+    packs = None
+    if config.data.packs_short_series:
+        packs = PackGather(
+            corpus,
+            index,
+            seed=config.seed,
+            patch_length=config.model.patch_length,
+            patch_stride=config.model.patch_stride,
+            is_pinned=ranks.device.type == "cuda",
+        )
+        if ranks.is_first:
+            logger.info(
+                "%s: %d series shorter than a window share %d windows",
+                corpus.path, len(packs.packs.members), len(packs.packs.heads),
+            )  # fmt: skip
     training = TrainingBatches(
         corpus,
         index,
         config.data,
         seed=config.seed,
+        packs=packs,
         patch_mask=PatchMask(
             context_length=config.model.context_length,
             patch_length=config.model.patch_length,
@@ -254,10 +271,13 @@ def _open_data(config: RunConfig, corpus: Corpus, ranks: Ranks, first_window: in
         ranks=ranks,
         first_window=first_window,
     )
+    if ranks.is_first and (problem := training.cache_problem()):
+        logger.warning("%s: %s", corpus.path, problem)
     validation = ValidationBatches(
         corpus,
         validation_windows(corpus, **lengths),
         max_windows=config.data.max_validation_windows,
+        resident_shards=config.data.resident_shards,
         batch_size=config.training.micro_batch_size,
         ranks=ranks,
     )
@@ -271,13 +291,10 @@ def _meta(config: RunConfig, corpus: Corpus, step: int, windows_seen: int) -> Ch
         windows_seen=windows_seen,
         config=encode(config),
         corpus_fingerprint=corpus.fingerprint,
-    if ranks.is_first and (problem := training.cache_problem()):
-        logger.warning("%s: %s", corpus.path, problem)
     )
 
 
 def _verify(corpus: Corpus, ranks: Ranks) -> None:
-        resident_shards=config.data.resident_shards,
     """Let the first rank check the shards that have changed since, and tell the others."""
     problems = ranks.gather(verify_changed(corpus) if ranks.is_first else [])[0]
     if problems:
