@@ -22,7 +22,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.shards.manifest import BUILDING_FOLDER, ReasonDrops, ShardEntry, SourceEntry
 from data_pipeline.shards.writer import ShardWriter, file_sha256
-from data_pipeline.steps.clean import Cleaner
+from data_pipeline.steps.clean import reason_to_drop
 from data_pipeline.steps.mixup import SeriesMixer
 from data_pipeline.steps.quality import measure
 from data_pipeline.steps.resample import resample
@@ -151,7 +151,6 @@ def _series_that_stay(
     config: CorpusConfig, block: Block, table: SeriesTable, tally: Tally
 ) -> Iterator[tuple[SeriesRecord, str | None]]:
     """Yield the series that pass, with their licence, and enter all others as dropped."""
-    cleaner = Cleaner(config.clean)
     mixer = None
     if config.mixup is not None:
         mixer = SeriesMixer(config.mixup, config.train_fraction, block.name)
@@ -160,7 +159,7 @@ def _series_that_stay(
         measurements = measure(
             record.values, train_fraction=config.train_fraction, config=config.quality
         )
-        reason = cleaner.reason_to_drop(record, measurements)
+        reason = reason_to_drop(measurements, config.clean)
         table.add(record, measurements, reason)
         if reason is not None:
             tally.drop(Drop(item_id=record.item_id, source=record.source, reason=reason))

@@ -6,13 +6,10 @@ be rewarded for learning it, and afterwards nobody can tell it from what was rec
 point is masked out of the loss instead, which costs nothing but the point.
 """
 
-import hashlib
 from dataclasses import dataclass
 
-import numpy as np
 from pydantic import ConfigDict
 
-from data_pipeline.record import SeriesRecord
 from data_pipeline.steps.quality import Measurements, QualityConfig
 
 NOT_NUMERIC = "not_numeric"
@@ -30,7 +27,6 @@ CLIPPED = "clipped"
 SPIKY = "spiky"
 NOT_STATIONARY = "not_stationary"
 UNPREDICTABLE = "unpredictable"
-DUPLICATE = "duplicate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +66,6 @@ class CleanConfig:
     """
     min_forecastability: float | None = None
     """Smallest forecastability; series below it are near to white noise. Reason `unpredictable`."""
-    drops_duplicates: bool = True
-    """Leave out exact copies of an earlier series; keeps 20 bytes a series in memory."""
 
     def __post_init__(self) -> None:
         if self.min_length < 1:
@@ -108,53 +102,27 @@ class CleanConfig:
                 )
 
 
-class Cleaner:
-    """Decides on series one after another; remembers the hashes of those it kept.
+def reason_to_drop(measured: Measurements, config: CleanConfig) -> str | None:
+    """Name why a series is left out, the first reason that holds, or return None to keep it.
 
-    Args:
-        config: the thresholds.
+    A measurement that is NaN, since it could not be taken, drops nothing.
     """
-
-    def __init__(self, config: CleanConfig) -> None:
-        self.config = config
-        self._seen: set[bytes] = set()
-
-    def reason_to_drop(self, record: SeriesRecord, measurements: Measurements) -> str | None:
-        """Name why the series is left out, the first reason that holds, or return None to keep it.
-
-        A measurement that is NaN, since it could not be taken, drops nothing.
-        """
-        for reason, holds in self._faults(measurements):
-            if holds:
-                return reason
-        if self.config.drops_duplicates and self._is_known(record.values):
-            return DUPLICATE
-        return None
-
-    def _faults(self, measured: Measurements) -> tuple[tuple[str, bool], ...]:
-        config = self.config
-        return (
-            (TOO_SHORT, measured.length < config.min_length),
-            (INFINITE, measured.has_infinite),
-            # The training part alone decides on these two: a scale taken from it must exist, and
-            # looking at the rest would let the validation part choose what is trained on.
-            (NO_OBSERVATION, measured.train_observed == 0),
-            (TOO_MANY_MISSING, _above(measured.missing_fraction, config.max_missing_fraction)),
-            (GAP_TOO_LONG, _above(measured.longest_gap_fraction, config.max_gap_fraction)),
-            (CONSTANT, config.drops_constant and measured.train_is_constant),
-            (MOSTLY_CONSTANT, _above(measured.constant_fraction, config.max_constant_fraction)),
-            (CLIPPED, _above(measured.clipped_fraction, config.max_clipped_fraction)),
-            (SPIKY, _above(measured.spike_fraction, config.max_spike_fraction)),
-            (NOT_STATIONARY, _above(measured.adf, config.max_adf)),
-            (UNPREDICTABLE, _below(measured.forecastability, config.min_forecastability)),
-        )
-
-    def _is_known(self, values: np.ndarray) -> bool:
-        digest = hashlib.sha1(np.ascontiguousarray(values).data, usedforsecurity=False).digest()
-        if digest in self._seen:
-            return True
-        self._seen.add(digest)
-        return False
+    faults = (
+        (TOO_SHORT, measured.length < config.min_length),
+        (INFINITE, measured.has_infinite),
+        # The training part alone decides on NO_OBSERVATION and CONSTANT: a scale taken from it must
+        # exist, and looking at the rest would let the validation part choose what is trained on.
+        (NO_OBSERVATION, measured.train_observed == 0),
+        (TOO_MANY_MISSING, _above(measured.missing_fraction, config.max_missing_fraction)),
+        (GAP_TOO_LONG, _above(measured.longest_gap_fraction, config.max_gap_fraction)),
+        (CONSTANT, config.drops_constant and measured.train_is_constant),
+        (MOSTLY_CONSTANT, _above(measured.constant_fraction, config.max_constant_fraction)),
+        (CLIPPED, _above(measured.clipped_fraction, config.max_clipped_fraction)),
+        (SPIKY, _above(measured.spike_fraction, config.max_spike_fraction)),
+        (NOT_STATIONARY, _above(measured.adf, config.max_adf)),
+        (UNPREDICTABLE, _below(measured.forecastability, config.min_forecastability)),
+    )
+    return next((reason for reason, holds in faults if holds), None)
 
 
 def _above(value: float, threshold: float | None) -> bool:

@@ -92,7 +92,7 @@ def build_from(tmp_path: Path, listed_config: Callable[..., ListedConfig]) -> Bu
     """Build a corpus of these records, with nothing dropped for length, and return its folder."""
 
     def build(items: Sequence[SeriesRecord | Drop], **settings: object) -> Path:
-        settings.setdefault("clean", CleanConfig(min_length=1, drops_duplicates=False))
+        settings.setdefault("clean", CleanConfig(min_length=1))
         folder = tmp_path / "corpus"
         build_corpus(listed_config(items, **settings), folder)
         return folder

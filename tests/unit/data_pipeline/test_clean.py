@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_pipeline.steps.clean import CleanConfig, Cleaner
+from data_pipeline.steps.clean import CleanConfig, reason_to_drop
 from data_pipeline.steps.quality import Measurements, QualityConfig, measure
 
 NAN = np.nan
@@ -51,11 +51,11 @@ EVERY_THRESHOLD = {
         ([1, 2, 3, 4, 5], None),
     ],
 )
-def test_each_fault_has_its_reason(make_record, values, reason) -> None:
-    cleaner = Cleaner(CleanConfig(min_length=4, max_missing_fraction=0.5, max_gap_fraction=0.3))
-    record = make_record(values)
-    measurements = measure(record.values, train_fraction=0.8, config=QualityConfig())
-    assert cleaner.reason_to_drop(record, measurements) == reason
+def test_each_fault_has_its_reason(values, reason) -> None:
+    config = CleanConfig(min_length=4, max_missing_fraction=0.5, max_gap_fraction=0.3)
+    values = np.array(values, np.float32)
+    measurements = measure(values, train_fraction=0.8, config=QualityConfig())
+    assert reason_to_drop(measurements, config) == reason
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_each_fault_has_its_reason(make_record, values, reason) -> None:
         ({"forecastability": 0.0, "clipped_fraction": 1.0}, "clipped"),
     ],
 )
-def test_each_threshold_drops_what_is_beyond_it(make_record, measured, reason) -> None:
-    cleaner = Cleaner(CleanConfig(**EVERY_THRESHOLD))
-    assert cleaner.reason_to_drop(make_record([1, 2]), replace(SOUND, **measured)) == reason
+def test_each_threshold_drops_what_is_beyond_it(measured, reason) -> None:
+    config = CleanConfig(**EVERY_THRESHOLD)
+    assert reason_to_drop(replace(SOUND, **measured), config) == reason
 
 
-def test_null_threshold_drops_nothing(make_record) -> None:
+def test_null_threshold_drops_nothing() -> None:
     off = {name: None for name in EVERY_THRESHOLD if name != "max_missing_fraction"}
     worst = replace(
         SOUND,
@@ -93,26 +93,18 @@ def test_null_threshold_drops_nothing(make_record) -> None:
         adf=math.inf,
         forecastability=0.0,
     )
-    assert Cleaner(CleanConfig(**off)).reason_to_drop(make_record([1, 2]), worst) is None
+    assert reason_to_drop(worst, CleanConfig(**off)) is None
 
 
-def test_trends_and_noise_stay_by_default(make_record) -> None:
+def test_trends_and_noise_stay_by_default() -> None:
     wanders = replace(SOUND, adf=3.0, forecastability=0.001)
-    assert Cleaner(CleanConfig()).reason_to_drop(make_record([1, 2]), wanders) is None
+    assert reason_to_drop(wanders, CleanConfig()) is None
 
 
-def test_only_the_second_of_two_equal_series_is_a_duplicate(make_record) -> None:
-    cleaner = Cleaner(CleanConfig())
-    first, second = make_record([1, 2, NAN, 4, 5]), make_record([1, 2, NAN, 4, 5], item_id="b")
-    assert cleaner.reason_to_drop(first, SOUND) is None
-    assert cleaner.reason_to_drop(second, SOUND) == "duplicate"
-    assert cleaner.reason_to_drop(make_record([1, 2, NAN, 4, 6]), SOUND) is None
-
-
-def test_constant_and_duplicate_series_can_be_kept(make_record) -> None:
-    cleaner = Cleaner(CleanConfig(drops_constant=False, drops_duplicates=False))
+def test_constant_series_can_be_kept() -> None:
     flat = replace(SOUND, train_is_constant=True)
-    assert [cleaner.reason_to_drop(make_record([2, 2]), flat) for _ in range(2)] == [None, None]
+    assert reason_to_drop(flat, CleanConfig()) == "constant"
+    assert reason_to_drop(flat, CleanConfig(drops_constant=False)) is None
 
 
 @pytest.mark.parametrize(
