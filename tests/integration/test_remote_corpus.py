@@ -247,13 +247,18 @@ def test_prefetched_shard_is_there_when_it_is_read(proxy, store, local) -> None:
     assert proxy.requests == []
 
 
-def test_forked_process_reads_and_fetches(proxy, store, local) -> None:
+def test_forked_process_reads_fetches_and_prefetches(proxy, store, local) -> None:
     corpus = Corpus.open(store)
-    corpus.series(0)
-    expected = [float(Corpus.open(local).series(number).sum()) for number in (0, 11)]
+    cached = FileCache.of_node().folder
+    first, last = (corpus.manifest.shards[number].sha256 for number in (0, 5))
+    corpus.prefetch([0])
+    wait_for((cached / first).exists)
+    expected = [float(Corpus.open(local).series(number).sum()) for number in (0, 6)]
     child = os.fork()
     if child == 0:
-        found = [float(corpus.series(number).sum()) for number in (0, 11)]
+        found = [float(corpus.series(number).sum()) for number in (0, 6)]
+        corpus.prefetch([5])  # the threads that did this are those of the parent
+        wait_for((cached / last).exists)
         os._exit(0 if found == expected else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -412,19 +417,30 @@ def test_processes_of_a_node_share_one_download(proxy, local) -> None:
     assert proxy.count("GET", shard.file) == -(-shard.bytes // CHUNK)
 
 
-def test_cache_keeps_to_its_limit(proxy, store, local, tmp_path) -> None:
-    cache = FileCache(folder=tmp_path / "small", limit_bytes=int(2.5 * SHARD_BYTES))
+@pytest.mark.parametrize("shards_that_fit", [1, 2])
+def test_cache_keeps_to_its_limit(proxy, store, local, tmp_path, shards_that_fit) -> None:
+    limit = int((shards_that_fit + 0.5) * SHARD_BYTES)
+    cache = FileCache(folder=tmp_path / "small", limit_bytes=limit, patience_seconds=0.1)
     corpus = Corpus.open(store, cache=cache)
-    assert corpus.max_resident_shards == 2
+    assert corpus.max_resident_shards == shards_that_fit
     same = Corpus.open(local)
     for number in (0, 2, 4, 6, 8, 10, 0, 11):
         np.testing.assert_array_equal(corpus.series(number), same.series(number))
-        assert cache.used_bytes() <= cache.limit_bytes
+        assert cache.used_bytes() <= limit
     series = np.arange(NUM_SERIES)
     np.testing.assert_array_equal(
         corpus.gather(series, series * 7, 100), same.gather(series, series * 7, 100)
     )
-    assert cache.used_bytes() <= cache.limit_bytes
+    assert cache.used_bytes() <= limit
+
+
+def test_process_leaves_half_of_the_cache_to_others(proxy, store, local, tmp_path) -> None:
+    limit = int(4.5 * SHARD_BYTES)
+    cache = FileCache(folder=tmp_path / "shared", limit_bytes=limit, patience_seconds=0.1)
+    first, second = (Corpus.open(store, cache=cache) for _ in range(2))
+    for number in (0, 2, 4, 6):  # four shards, which would fill it
+        first.series(number)
+    np.testing.assert_array_equal(second.series(8), Corpus.open(local).series(8))
 
 
 def test_shard_that_the_cache_cannot_hold_is_refused(proxy, store, tmp_path) -> None:

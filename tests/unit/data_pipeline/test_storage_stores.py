@@ -81,8 +81,16 @@ def test_chunks_begin_anywhere(store) -> None:
         list(store.chunks("a", start=0, size=7))
 
 
-def test_fetch_goes_on_with_the_beginning_that_is_there(store, tmp_path) -> None:
+def test_fetch_goes_on_with_the_beginning_that_is_there(store, tmp_path, monkeypatch) -> None:
     store.write_bytes("a", CONTENT)
+    starts: list[int] = []
+
+    def chunks(self: Store, name: str, *, start: int, size: int) -> Iterator[bytes]:
+        starts.append(start)
+        return real(self, name, start=start, size=size)
+
+    real = type(store).chunks
+    monkeypatch.setattr(type(store), "chunks", chunks)
     target = tmp_path / "down" / "a"
     target.parent.mkdir()
     partial = target.with_name("a" + PARTIAL_SUFFIX)
@@ -92,6 +100,8 @@ def test_fetch_goes_on_with_the_beginning_that_is_there(store, tmp_path) -> None
         assert target.read_bytes() == CONTENT
         assert not partial.exists()
         target.unlink()
+    # What is longer than the file, or is not its beginning, is of no use.
+    assert starts == [0, 700, len(CONTENT), 0, 700, 0]
 
 
 def test_fetch_of_another_content_leaves_nothing_that_looks_whole(store, tmp_path) -> None:
@@ -123,7 +133,8 @@ def test_relative_folder_survives_pickling(tmp_path, monkeypatch) -> None:
 def test_local_files_are_linked_not_copied(tmp_path, file) -> None:
     store = Store.at(tmp_path / "corpus")
     store.put_file("a", file)
-    store.copy("a", "b")
+    for _ in range(2):
+        store.copy("a", "b")
     assert store.local_path("b").samefile(file)
     assert sorted(os.listdir(tmp_path / "corpus")) == ["a", "b"]
 
