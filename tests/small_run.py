@@ -22,6 +22,7 @@ from tsmoe.batch import WindowBatch
 from tsmoe.checkpoint.elastic import Snapshot
 from tsmoe.config import decode, merge_layers
 from tsmoe.data.loader import TrainingBatches
+from tsmoe.data.pack_gather import PackGather
 from tsmoe.data.windows import training_windows
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
@@ -169,11 +170,22 @@ def step_batches(config: RunConfig, ranks: Ranks, step: int) -> list[WindowBatch
         "window_length": config.model.window_length,
         "patch_length": config.model.patch_length,
     }
+    index = training_windows(corpus, stride=config.data.window_stride, **lengths)
+    packs = None
+    if config.data.packs_short_series:
+        packs = PackGather(
+            corpus,
+            index,
+            seed=config.seed,
+            patch_length=config.model.patch_length,
+            patch_stride=config.model.patch_stride,
+        )
     batches = TrainingBatches(
         corpus,
-        training_windows(corpus, stride=config.data.window_stride, **lengths),
+        index,
         config.data,
         seed=config.seed,
+        packs=packs,
         global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
         ranks=ranks,

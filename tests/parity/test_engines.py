@@ -15,8 +15,10 @@ from small_run import (
     merge_snapshots,
     run_steps,
     small_config,
+    step_batches,
 )
 from tsmoe.config import merge_layers
+from tsmoe.ranks import Ranks
 from tsmoe.train.run_config import RunConfig
 
 # Engines add the same float32 numbers in another order. Losses lie between 1 and 3, where float32
@@ -69,6 +71,16 @@ TWO_RANKS = {
 UNCLIPPED = {"optimizer": {"clip_grad_norm": 1000.0}}
 ONE_PROCESS["plain, unclipped"] = merge_layers(passes(16), UNCLIPPED)
 TWO_RANKS["spread experts, unclipped"] = merge_layers(deepspeed(2, 1), passes(8), UNCLIPPED)
+# Windows so long that every series is shorter, and several share one.
+PACKED = {"data": {"packs_short_series": True}, "model": {"context_length": 640}}
+ONE_PROCESS["plain, packed"] = merge_layers(passes(16), PACKED)
+ONE_PROCESS["plain, packed, accumulation, recomputation"] = merge_layers(
+    passes(4, recomputes=True), PACKED
+)
+TWO_RANKS["plain, packed"] = merge_layers(passes(8), PACKED)
+TWO_RANKS["spread experts, packed, recomputation"] = merge_layers(
+    deepspeed(2, 2), passes(4, recomputes=True), PACKED
+)
 ALL = [(1, name) for name in ONE_PROCESS] + [(2, name) for name in TWO_RANKS]
 
 
@@ -95,7 +107,8 @@ def runs(corpus) -> dict[tuple[int, str], tuple[StepsRun, ...]]:
 
 
 def twin_of(runs, name: str) -> StepsRun:
-    return runs[1, "plain, unclipped" if "unclipped" in name else "plain"][0]
+    twins = [twin for twin in ("plain, unclipped", "plain, packed") if twin[7:] in name]
+    return runs[1, twins[0] if twins else "plain"][0]
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), ALL)
@@ -148,6 +161,11 @@ def test_snapshots_hold_the_moments_of_every_expert(runs, num_ranks, name) -> No
     assert len(moments) == 2 * 2 * 2 * 4  # moments, layers, weights, experts
     for key, tensor in moments:
         assert tensor.abs().max() > 0, key
+
+
+def test_windows_were_packed(corpus) -> None:
+    batch = step_batches(small_config(corpus, ONE_PROCESS["plain, packed"]), Ranks(), 0)[0]
+    assert (batch.series_BCN[:, 0].amax(-1, keepdim=True) > batch.series_ids_B[:, None]).any()
 
 
 def test_clipping_was_at_work(runs) -> None:
