@@ -38,6 +38,26 @@ def let_pass(method: str, path: str, count: int) -> Fault | None:
     return None
 
 
+def always(fault: Fault, *, after: int = 0) -> Plan:
+    """Plan the same fault for every request, but for the first few."""
+
+    def plan(method: str, path: str, count: int) -> Fault | None:
+        return fault if count >= after else None
+
+    return plan
+
+
+def on_shards(fault: Fault, *, every: int = 1) -> Plan:
+    """Plan the same fault for reading every n-th piece of a shard."""
+    seen = iter(range(10**9))
+
+    def plan(method: str, path: str, count: int) -> Fault | None:
+        is_meant = method == "GET" and "part-" in path and next(seen) % every == every - 1
+        return fault if is_meant else None
+
+    return plan
+
+
 @dataclass
 class FaultProxy:
     """Passes requests on; `plan` says what goes wrong with which."""

@@ -1,150 +1,27 @@
-"""Corpora in an S3-compatible server on loopback, behind a proxy that makes things go wrong."""
+"""Corpora in a remote store: read, written, cached, and shared by the processes of a node."""
 
 import json
-import logging
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
-from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.record import SeriesRecord
+from data_pipeline.errors import DataError
 from data_pipeline.shards import Corpus, Manifest
-from data_pipeline.shards.index import SeriesIndex, write_index
-from data_pipeline.shards.manifest import SourceEntry, corpus_fingerprint
-from data_pipeline.shards.reader import open_shard
 from data_pipeline.shards.verify import verify_changed, verify_corpus
-from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.storage import FileCache, RetryPolicy, Store, remote
-from fault_proxy import Fault, FaultProxy, Plan, fault_proxy, let_pass
+from data_pipeline.storage import FileCache, Store
+from fault_proxy import Fault, always, let_pass, on_shards
+from remote_walks import CHUNK, LENGTH, NUM_SERIES, QUICK, SHARD_BYTES, URL, assert_equal_to_local
 from small_run import build_small_corpus, small_config
 from tsmoe.__main__ import main
 from tsmoe.train.loop import Outcome, pretrain
-
-QUICK = RetryPolicy(attempts=4, first_delay_seconds=0.01, max_delay_seconds=0.02)
-NUM_SERIES, LENGTH, SHARD_BYTES = 12, 100_000, 900_000
-CHUNK = 64 * 1024
-URL = "s3://bucket/corpora/walks"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    """Run a server with an empty bucket, and give its port."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    port = moto.get_host_and_port()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        maker = fs.S3FileSystem(
-            endpoint_override=f"http://127.0.0.1:{port}", allow_bucket_creation=True
-        )
-        maker.create_dir("bucket")
-        yield port
-    moto.stop()
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory) -> Path:
-    """Write a corpus of six shards with a series index and a series that is held out."""
-    folder = tmp_path_factory.mktemp("walks")
-    generator = np.random.default_rng(0)
-    writer = ShardWriter(folder, train_fraction=0.9, shard_size_bytes=SHARD_BYTES)
-    for number in range(NUM_SERIES):
-        record = SeriesRecord(
-            item_id=f"walk{number}",
-            start=None,
-            end=None,
-            freq="h",
-            domain="Nature",
-            source="walks",
-            variate=0,
-            values=generator.normal(size=LENGTH).astype(np.float32),
-        )
-        writer.add(record, is_held_out=number == 3)
-    shards = writer.close()
-    parts = [SeriesIndex.of_shard(open_shard(folder / s.file), s.held_out) for s in shards]
-    Manifest(
-        fingerprint=corpus_fingerprint(shards, 0.9),
-        train_fraction=0.9,
-        shards=shards,
-        sources={"walks": SourceEntry(series=NUM_SERIES, points=NUM_SERIES * LENGTH)},
-        drops={},
-        config={},
-        config_hash="",
-        inputs=[],
-        index=write_index(Store.at(folder), SeriesIndex.join(parts)),
-    ).write(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def _uploaded(server, local) -> None:
-    store = Store.at(URL)
-    for name in Store.at(local).files():
-        store.put_file(name, local / name)
-
-
-@pytest.fixture
-def proxy(server, _uploaded, monkeypatch, tmp_path) -> Iterator[FaultProxy]:
-    """Put a proxy in the way, which lets everything pass as long as it has no plan."""
-    monkeypatch.setenv("TSMOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TSMOE_CACHE_BYTES", str(100 * SHARD_BYTES))
-    monkeypatch.setattr(remote, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(remote, "_MIN_CHUNK_BYTES", CHUNK // 4)
-    with fault_proxy(server) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.port}")
-        yield running
-
-
-@pytest.fixture
-def store(proxy) -> Store:
-    return Store.at(URL, QUICK)
-
-
-def always(fault: Fault, *, after: int = 0) -> Plan:
-    """Plan the same fault for every request, but for the first few."""
-
-    def plan(method: str, path: str, count: int) -> Fault | None:
-        return fault if count >= after else None
-
-    return plan
-
-
-def on_shards(fault: Fault, *, every: int = 1) -> Plan:
-    """Plan the same fault for reading every n-th piece of a shard."""
-    seen = iter(range(10**9))
-
-    def plan(method: str, path: str, count: int) -> Fault | None:
-        is_meant = method == "GET" and "part-" in path and next(seen) % every == every - 1
-        return fault if is_meant else None
-
-    return plan
-
-
-def assert_equal_to_local(corpus: Corpus, folder: Path) -> None:
-    same = Corpus.open(folder)
-    generator = np.random.default_rng(1)
-    series = generator.integers(0, NUM_SERIES, 64)
-    starts = generator.integers(0, LENGTH - 500, 64)
-    np.testing.assert_array_equal(
-        corpus.gather(series, starts, 500), same.gather(series, starts, 500)
-    )
-    for number in range(NUM_SERIES):
-        np.testing.assert_array_equal(corpus.series(number), same.series(number))
 
 
 def run_python(code: str, *arguments: str) -> subprocess.Popen:
@@ -270,109 +147,6 @@ def test_process_ends_in_the_middle_of_a_prefetch(proxy) -> None:
     assert process.returncode == 0
 
 
-# What goes wrong, and passes.
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(status=503),
-        Fault(status=429),
-        Fault(resets=True),
-        Fault(cut_after=20_000),
-        Fault(falsifies=True),
-    ],
-    ids=["unavailable", "throttled", "reset", "cut", "false byte"],
-)
-def test_passing_faults_do_not_show(proxy, store, local, fault) -> None:
-    # One piece in seven or, as a false byte costs the whole file, one in forty.
-    proxy.plan = on_shards(fault, every=40 if fault.falsifies else 7)
-    assert_equal_to_local(Corpus.open(store), local)
-    assert proxy.count("GET", "part-") > 6 * -(-SHARD_BYTES // CHUNK)  # some came twice
-
-
-def test_line_that_breaks_every_time_still_makes_way(proxy, store, local) -> None:
-    proxy.plan = on_shards(Fault(cut_after=CHUNK // 2))
-    np.testing.assert_array_equal(Corpus.open(store).series(0), Corpus.open(local).series(0))
-
-
-def test_slow_line_is_waited_for(proxy, store, local) -> None:
-    proxy.plan = on_shards(Fault(bytes_per_second=1e6))
-    np.testing.assert_array_equal(Corpus.open(store).series(0), Corpus.open(local).series(0))
-
-
-def test_failed_upload_is_done_again_and_whole(proxy, store, local) -> None:
-    failing = iter([True, False] * 100)
-
-    def plan(method: str, path: str, count: int) -> Fault | None:
-        is_upload = method in ("PUT", "POST")
-        return Fault(status=500) if is_upload and next(failing) else None
-
-    proxy.plan = plan
-    name = "again/part-00000.arrow"
-    store.put_file(name, local / "part-00000.arrow")
-    proxy.plan = let_pass
-    assert store.read_bytes(name) == (local / "part-00000.arrow").read_bytes()
-
-
-# What goes wrong, and stays.
-
-
-def test_refused_access_is_not_tried_again(proxy) -> None:
-    proxy.plan = always(Fault(status=403))
-    with pytest.raises(DataError, match=rf"{URL}/manifest\.json: .*denied.*AWS_ACCESS_KEY_ID"):
-        Corpus.open(URL)
-    assert len(proxy.requests) == 1
-
-
-def test_missing_shard_is_named_and_not_tried_again(proxy, store, local) -> None:
-    partly = Store.at(f"{URL}-partly", QUICK)
-    for name in Store.at(local).files():
-        if name != "part-00002.arrow":
-            partly.put_file(name, local / name)
-    corpus = Corpus.open(partly)
-    proxy.forget()
-    with pytest.raises(DataError, match=r"walks-partly/part-00002\.arrow: .*no such file"):
-        corpus.series(4)
-    assert proxy.count("GET", "part-00002") + proxy.count("HEAD", "part-00002") <= 2
-    assert "part-00002.arrow: the shard is missing" in verify_corpus(partly)[0]
-    assert "part-00002.arrow: the shard is missing" in verify_changed(corpus)[0]
-
-
-def test_outage_ends_with_the_last_reason(proxy, store) -> None:
-    proxy.plan = always(Fault(status=503))
-    with pytest.raises(DataError, match=r"manifest\.json: failed 4 times in .*503.*start again"):
-        Corpus.open(store)
-    assert len(proxy.requests) == QUICK.attempts
-
-
-def test_false_bytes_are_never_accepted(proxy, store) -> None:
-    corpus = Corpus.open(store)
-    proxy.plan = on_shards(Fault(falsifies=True))
-    with pytest.raises(DataError, match=r"part-00000\.arrow: sha256 is .*, 3 times"):
-        corpus.series(0)
-    assert not (FileCache.of_node().folder / corpus.manifest.shards[0].sha256).exists()
-    assert "sha256" in verify_corpus(store)[0]
-    proxy.plan = let_pass
-    assert len(corpus.series(0)) == LENGTH
-
-
-def test_unknown_places_are_refused_at_once() -> None:
-    for url, words in (
-        ("s3://bucket/x?endpoint_overide=y", "unknown endpoint_overide; known: region"),
-        ("nowhere://x", "Protocol not known"),
-        ("s3://", "no bucket"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            Store.at(url)
-
-
-def test_credentials_in_a_url_stay_out_of_messages(server) -> None:
-    store = Store.at("s3://key:secret@bucket/x?region=us-east-1", QUICK)
-    assert str(store) == "s3://bucket/x"
-    assert store.location == "s3://key:secret@bucket/x?region=us-east-1"
-
-
 # Downloads that are interrupted, and shared.
 
 
@@ -435,7 +209,7 @@ def test_cache_keeps_to_its_limit(proxy, store, local, tmp_path, shards_that_fit
 
 
 def test_process_leaves_half_of_the_cache_to_others(proxy, store, local, tmp_path) -> None:
-    limit = int(4.5 * SHARD_BYTES)
+    limit = int(4.5 * Manifest.read(local).shards[0].bytes)
     cache = FileCache(folder=tmp_path / "shared", limit_bytes=limit, patience_seconds=0.1)
     first, second = (Corpus.open(store, cache=cache) for _ in range(2))
     for number in (0, 2, 4, 6):  # four shards, which would fill it
