@@ -120,6 +120,10 @@ class Corpus:
         batch, row = self._locate(index)
         return batch.series(row)
 
+    def shard(self, number: int) -> SeriesBatch:
+        """All series of a shard at once; that of a remote corpus is fetched if need be."""
+        return self._batches[number]
+
     def statistics(self, index: int) -> Statistics:
         """Observed share of a series, and mean and std of its training part."""
         batch, row = self._locate(index)
