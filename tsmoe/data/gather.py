@@ -117,7 +117,7 @@ class WindowGather:
     def cut(self, windows: PlacedWindows) -> tuple[Tensor, Tensor]:
         """Return the values (0 where nothing was observed) and what was observed, as (B, L).
 
-        The mask may be a constant that cannot be written to.
+        The mask may be a constant: it is not to be written to.
         """
         series, starts, addresses = windows.series, windows.starts, windows.addresses
         shards: list[SeriesBatch] = []
@@ -168,7 +168,7 @@ class WindowGather:
     def _constant(self, num_windows: int) -> Tensor:
         """Return a mask that is True everywhere, the same for all batches."""
         if not self._buffers.is_pinned:
-            # One point seen from everywhere: costs nothing, and torch refuses to write to it.
+            # One point seen from everywhere costs nothing; torch refuses to write to all of it.
             return torch.ones((), dtype=torch.bool).expand(num_windows, self.length)
         with self._lock:  # page-locked memory is only ever copied from
             if num_windows not in self._all_true:

@@ -143,7 +143,10 @@ def _work(
     made: queue.SimpleQueue[_Made],
     is_ready: threading.Barrier,
 ) -> None:
-    torch.set_num_threads(1)  # a worker is one core
+    # A worker is one core. Asked first, as torch takes a thread's number from that of the program
+    # when the thread does its first operation, whatever was set before.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
     is_ready.wait()
     while (number := wanted.get()) is not None:
         try:

@@ -29,6 +29,8 @@ def make_corpus(tmp_path: Path) -> MakeCorpus:
         train_fraction: float = 0.75,
         shard_size_bytes: int = 4096,
         missing: Sequence[tuple[int, int]] = (),
+        domains: Mapping[str, str] | None = None,
+        held_out: Sequence[int] = (),
     ) -> Corpus:
         folder = tmp_path / f"corpus{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -46,11 +48,12 @@ def make_corpus(tmp_path: Path) -> MakeCorpus:
                         start=None,
                         end=None,
                         freq="h",
-                        domain="Test",
+                        domain=(domains or {}).get(source, "Test"),
                         source=source,
                         variate=0,
                         values=values,
-                    )
+                    ),
+                    is_held_out=number in held_out,
                 )
                 number += 1
         shards = writer.close()

@@ -55,6 +55,22 @@ def test_every_step_is_a_line(tmp_path: Path) -> None:
     assert any((tmp_path / "tensorboard").iterdir())
 
 
+def test_shares_of_the_sources_are_a_line_and_the_largest_are_shown(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shares = {f"s{number}": (number + 1) / 3321 for number in range(81)}
+    writer = MetricsWriter(tmp_path, first_step=0, log_every_steps=10)
+    writer.write_sources(20, shares)
+    writer.close()
+    assert lines(tmp_path) == [{"step": 20, "sources": shares}]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()["scalars"]
+    assert len(tags) == 64
+    assert "sources/s80" in tags
+    assert "sources/s0" not in tags
+
+
 def test_resume_drops_what_comes_again_and_a_line_that_was_cut(tmp_path: Path) -> None:
     write(tmp_path, range(6), loss=2.0)
     path = tmp_path / "metrics.jsonl"
