@@ -45,7 +45,8 @@ class DataConfig(Mixture):
     """Shards of each source that windows are drawn from at a time, so that a bounded cache of a
     remote corpus suffices; mix-up draws from as many others. 0 draws from all shards."""
     verifies_corpus: bool = True
-    """Whether the hashes of all shards are checked before training: about a second per gigabyte."""
+    """Whether shards are checked against their hashes before training, about a second per gigabyte.
+    A shard that was whole once is not read again while its file is the same."""
     num_workers: int = 0
     """Threads that cut batches ahead of time; 0 cuts them when they are asked for."""
     max_validation_windows: int = 512
