@@ -1,4 +1,5 @@
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +97,7 @@ def test_pickled_corpus_maps_the_files_again(corpus) -> None:
 
 def test_pickled_corpus_refuses_other_data(corpus, build_from, random_records) -> None:
     content = pickle.dumps(corpus)
-    for file in corpus.path.iterdir():
-        file.unlink()
+    shutil.rmtree(corpus.path)
     build_from(random_records[:5])
     with pytest.raises(DataError, match="rebuilt while in use"):
         pickle.loads(content)
@@ -114,6 +114,7 @@ def test_folder_without_manifest_says_what_it_is(tmp_path: Path) -> None:
         Corpus.open(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"no manifest\.json"):
         Corpus.open(tmp_path)
-    (tmp_path / "BUILDING").touch()
+    (tmp_path / "BUILDING").mkdir()
+    (tmp_path / "BUILDING" / "plan.json").touch()
     with pytest.raises(DataError, match="has not finished"):
         Corpus.open(tmp_path)

@@ -28,7 +28,7 @@ def edit_manifest(folder: Path, **changes: object) -> None:
 
 
 def test_each_shard_is_one_uncompressed_batch(folder, random_records) -> None:
-    shards = sorted(folder.glob("*.arrow"))
+    shards = sorted(folder.glob("part-*.arrow"))
     for shard in shards:
         with pa.ipc.open_file(pa.memory_map(str(shard))) as file:
             assert file.schema.equals(SCHEMA)
