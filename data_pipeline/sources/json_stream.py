@@ -9,6 +9,8 @@ _CHUNK_CHARS = 2**20
 _GAP = re.compile(r"[ \t\n\r]*")
 # An error this far before the end of the text is not one of text that goes on.
 _TAIL_CHARS = 4096
+# What can stand between the end of a number and the end of a text that cuts it: "e-".
+_CUT_NUMBER_CHARS = 2
 
 
 class JsonStream:
@@ -50,8 +52,8 @@ class JsonStream:
                 if is_cut and self._read_on():
                     continue
                 raise self._error(error.msg, error.pos) from None
-            # A number that ends with the text may go on behind it.
-            if end == len(self._text) and self._read_on():
+            # A number may go on behind the text: "1.5" of "1.5e" is decoded, but "1.5e-7" meant.
+            if end + _CUT_NUMBER_CHARS >= len(self._text) and self._read_on():
                 continue
             self._position = end
             return value
@@ -97,9 +99,11 @@ class JsonStream:
         """Drop what was read and append at least as much as is left; False at the end."""
         left = self._text[self._position :]
         more = self._handle.read(max(_CHUNK_CHARS, len(left)))
+        if not more:
+            return False
         self._dropped += self._position
         self._text, self._position = left + more, 0
-        return bool(more)
+        return True
 
     def _error(self, reason: str, position: int) -> json.JSONDecodeError:
         error = json.JSONDecodeError(reason, "", 0)

@@ -133,6 +133,19 @@ def test_file_cut_short_anywhere_is_refused(tmp_path, form) -> None:
             list(source.records())
 
 
+def test_stream_cut_between_two_batches_is_refused(tmp_path) -> None:
+    """Arrow reads such a file without a complaint."""
+    source = write(tmp_path, rows(0).slice(0, 2 * ROWS_PER_BATCH), "stream")
+    whole = (tmp_path / "data.feather").read_bytes()
+    one_batch = write(tmp_path, rows(0).slice(0, ROWS_PER_BATCH), "stream")
+    cut = whole[: len((tmp_path / "data.feather").read_bytes()) - 8]
+    (tmp_path / "data.feather").write_bytes(cut)
+    assert pa.ipc.open_stream(cut).read_all().num_rows == ROWS_PER_BATCH
+    assert source == one_batch
+    with pytest.raises(DataError, match=r"data\.feather: ends without the mark"):
+        source.units()
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_flipped_bytes_are_refused_or_read(tmp_path, form) -> None:
     source = write(tmp_path, rows(3), form)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_pipeline.errors import ConfigError, DataError
@@ -128,6 +129,43 @@ def test_data_file_cut_short_anywhere_is_refused(tmp_path) -> None:
         file.write_bytes(whole[:length])
         with pytest.raises(DataError, match=file.name):
             list(source.records())
+
+
+def write_file(folder: Path, lengths: list[list[int]]) -> SavedSource:
+    """Write a folder of one file, with one batch per list of lengths of its series."""
+    schema = pa.schema([("target", pa.list_(pa.float32()))])
+    with pa.ipc.new_stream(str(folder / "data.arrow"), schema) as writer:
+        for rows in lengths:
+            target = pa.array([np.ones(length, np.float32) for length in rows], schema[0].type)
+            writer.write_batch(pa.record_batch([target], schema=schema))
+    state = {"_data_files": [{"filename": "data.arrow"}]}
+    (folder / "state.json").write_text(json.dumps(state))
+    return SavedSource(path=str(folder))
+
+
+def test_rows_of_many_batches_are_counted_on(tmp_path) -> None:
+    records = list(write_file(tmp_path, [[1, 2], [3], [4, 5]]).records())
+    name = tmp_path.name
+    assert [(record.item_id, len(record.values)) for record in records] == [
+        (f"{name}_0_{row}", row + 1) for row in range(5)
+    ]
+
+
+def test_file_cut_between_two_batches_is_refused(tmp_path) -> None:
+    """Arrow reads such a file without a complaint."""
+    write_file(tmp_path, [[1, 2]])
+    end_of_first_batch = (tmp_path / "data.arrow").stat().st_size - 8
+    source = write_file(tmp_path, [[1, 2], [3]])
+    cut = (tmp_path / "data.arrow").read_bytes()[:end_of_first_batch]
+    (tmp_path / "data.arrow").write_bytes(cut)
+    assert pa.ipc.open_stream(cut).read_all().num_rows == 2
+    with pytest.raises(DataError, match=r"data\.arrow: ends without the mark"):
+        source.units()
+
+
+def test_file_without_rows_is_refused(tmp_path) -> None:
+    with pytest.raises(DataError, match="holds no series"):
+        write_file(tmp_path, [[]]).units()
 
 
 def test_data_file_that_is_missing_or_of_another_kind_is_refused(tmp_path) -> None:

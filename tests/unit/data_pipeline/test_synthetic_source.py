@@ -128,6 +128,15 @@ def test_constant_kernel_gives_a_constant_and_a_linear_one_a_line(monkeypatch) -
         assert np.abs(values).max() > 0.1
 
 
+def test_constant_part_has_the_variance_of_its_kernel(monkeypatch) -> None:
+    """The linear kernel of sigma 10 starts at a level with a standard deviation of 10."""
+    monkeypatch.setattr(kernel_synth, "draw_kernel", lambda *_: kernel_bank(4)[23])
+    generator = np.random.default_rng(0)
+    starts = [kernel_synth.sample_kernel_series(generator, 4)[0] for _ in range(400)]
+    # A standard deviation of 400 samples is off by about 1 / sqrt(800) = 3.5 %; four times that.
+    assert abs(np.std(starts) - 10.0) < 1.4
+
+
 def test_seasons_repeat(monkeypatch) -> None:
     """Without the other parts, a season of 24 steps comes back after 24 steps."""
     quiet = "data_pipeline.sources.trend_seasonal"
