@@ -121,6 +121,18 @@ class PackGather:
             series_BCN=torch.from_numpy(self._token_series(series_BM, begin_BM, end_BM))[:, None],
         )
 
+    def tokens_alone(self, series: Integers, starts: Integers) -> torch.Tensor:
+        """Return series_BCN of windows of one series: what is filled up before it is no token.
+
+        As a series in a pack has no fill before it, a model that learned from packs has not seen
+        any, nor is it shown any when it forecasts a short series.
+        """
+        last_start = self._window_length - 2 * self._patch_length
+        start_N = np.arange(0, last_start + 1, self._patch_stride)
+        is_token_BN = start_N > -starts[:, None] - self._patch_stride
+        is_token_BN[:, -1] = True
+        return torch.from_numpy(np.where(is_token_BN, series[:, None], NO_SERIES))[:, None]
+
     def _token_series(self, series_BM: Integers, begin_BM: Integers, end_BM: Integers) -> Integers:
         """Return the series of each token of the context.
 

@@ -280,6 +280,7 @@ def _open_data(config: RunConfig, corpus: Corpus, ranks: Ranks, first_window: in
         resident_shards=config.data.resident_shards,
         batch_size=config.training.micro_batch_size,
         ranks=ranks,
+        packs=packs,
     )
     held = [validation[i].to(ranks.device) for i in range(len(validation))]
     return _Data(corpus=corpus, training=training, validation=held)

@@ -7,10 +7,10 @@ import torch
 
 from data_pipeline.shards import Corpus
 from tsmoe.batch import WindowBatch
-from tsmoe.data.loader import DataConfig, TrainingBatches
+from tsmoe.data.loader import DataConfig, TrainingBatches, ValidationBatches
 from tsmoe.data.pack_gather import PackGather
 from tsmoe.data.patch_mask import PatchMask
-from tsmoe.data.windows import training_windows
+from tsmoe.data.windows import training_windows, validation_windows
 from tsmoe.ranks import Ranks
 
 WINDOW, PATCH = 24, 4
@@ -116,6 +116,31 @@ def test_batch_without_a_pack_is_an_ordinary_one(corpus) -> None:
     plain = training(corpus, config=only_long, packs=False)[0]
     assert packed.series_BCN is None
     assert contents(packed) == contents(plain)
+
+
+def test_validation_sees_short_series_without_fill(make_corpus) -> None:
+    corpus = make_corpus({"a": [40, 13, 12, 14]}, train_fraction=0.5)
+    sizes = {"window_length": WINDOW, "patch_length": PATCH}
+    index = training_windows(corpus, **sizes, stride=1)
+    gather = PackGather(corpus, index, seed=0, patch_length=PATCH, patch_stride=PATCH)
+    plain, packed = (
+        ValidationBatches(
+            corpus,
+            validation_windows(corpus, **sizes),
+            max_windows=10,
+            batch_size=8,
+            ranks=Ranks(),
+            packs=packs,
+        )[0]
+        for packs in (None, gather)
+    )
+    assert torch.equal(plain.values_BCL, packed.values_BCL)
+    assert torch.equal(plain.is_target_BCL, packed.is_target_BCL)
+    assert plain.series_BCN is None
+    is_token_BN = packed.series_BCN[:, 0] >= 0
+    observed_BNP = packed.observed_BCL[:, 0, : WINDOW - PATCH].unflatten(-1, (-1, PATCH))
+    assert torch.equal(is_token_BN, observed_BNP.any(-1))
+    assert not is_token_BN.all()
 
 
 def test_packs_are_others_for_another_seed(corpus) -> None:

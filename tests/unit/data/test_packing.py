@@ -206,3 +206,17 @@ def test_tokens_and_targets_are_those_of_the_series_alone(corpus, stride: int) -
             )
             end = begin
         assert not batch.is_target_BCL[row, 0, :end].any()
+
+
+def test_of_a_window_of_one_short_series_the_fill_is_no_token(corpus) -> None:
+    for stride in (4, 2):
+        gather = PackGather(
+            corpus, index_of(corpus), seed=0, patch_length=PATCH, patch_stride=stride
+        )
+        lengths = np.array([24, 30, 23, 17, 16, 9, 8, 5, 2])
+        tokens = gather.tokens_alone(np.arange(9), lengths - WINDOW)
+        assert tokens.shape == (9, 1, (WINDOW - 2 * PATCH) // stride + 1)
+        for series, length in enumerate(lengths):
+            is_token = tokens[series, 0] == series
+            assert int(is_token.sum()) == tokens_alone(min(length, WINDOW), stride)
+            assert is_token.tolist() == sorted(is_token.tolist()), "the last ones"
