@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline.clock import CLOCK_ADVICE, check_clock, check_step, to_utc
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.grid import continue_grid, find_grid
 from data_pipeline.table_file import read_columns
@@ -58,6 +59,8 @@ def read_table(
     time_column: str | None = None,
     columns: Sequence[str] | None = None,
     ignores_time: bool = False,
+    time_zone: str | None = None,
+    is_strict: bool = False,
 ) -> Table:
     """Read a wide table.
 
@@ -74,9 +77,14 @@ def read_table(
         ignores_time: take the rows as they stand, one step apart, and return no timestamps. For
             benchmarks that are counted in rows and whose stamps have faults (the standard
             Weather table has a double one).
+        time_zone: the zone that times without one are local to, such as "Europe/Rome"; they are
+            taken as they stand if not given.
+        is_strict: refuse a table whose times leave out the hour by which clocks are set forward,
+            or that goes over to a longer step: a corpus shall not learn that such values are
+            missing.
 
     Raises:
-        ConfigError: if an option names a column that is not there.
+        ConfigError: if an option names a column that is not there, or a zone where times have one.
         DataError: for everything that is wrong with the file.
     """
     path = Path(path)
@@ -100,9 +108,17 @@ def read_table(
             path=str(path), timestamps=None, freq=None, variates=wanted, values_LC=values_LC
         )
     where = f"{path}, column {time_name!r}"
-    stamps = parse_times(table.column(time_name), where)
+    stamps, has_zone = parse_times(table.column(time_name), where)
+    if time_zone is not None:
+        if has_zone:
+            raise ConfigError(f"time_zone: {where} has times with a zone; leave `time_zone` out")
+        stamps = to_utc(stamps, time_zone, where)
     _check_order(stamps, where)
+    if is_strict and not has_zone and time_zone is None:
+        check_clock(stamps, where)
     grid = find_grid(stamps, where)
+    if is_strict:
+        check_step(stamps, grid.places, where)
     if len(grid.stamps) > len(stamps):
         on_grid_LC = np.full((len(grid.stamps), len(wanted)), np.nan, np.float32)
         on_grid_LC[grid.places] = values_LC
@@ -142,10 +158,14 @@ def _check_options(
 def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
     """Return one column as float32, or name the first cell that is not a finite number."""
     column = table.column(name)
-    kind = column.type
-    if not _is_numeric(kind):
-        row, value = _first_text(column)
-        numeric = [field.name for field in table.schema if _is_numeric(field.type)]
+    if pa.types.is_binary(column.type):
+        row, text = _first_not_utf8(column)
+        raise DataError(
+            f"{path}, column {name!r}, row {row}: {text!r} is not UTF-8; save the file as UTF-8"
+        )
+    if not is_numeric(column.type):
+        row, value = first_text(column)
+        numeric = [field.name for field in table.schema if is_numeric(field.type)]
         advice = f"the numeric ones are {_listed(numeric)}" if numeric else "there are none"
         raise DataError(
             f"{path}, column {name!r}, row {row}: {value!r} is not a number; mend the cell, leave "
@@ -162,7 +182,8 @@ def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
     return numbers
 
 
-def _is_numeric(kind: pa.DataType) -> bool:
+def is_numeric(kind: pa.DataType) -> bool:
+    """Tell whether the values of a type can be read as numbers."""
     return (
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)
@@ -172,7 +193,7 @@ def _is_numeric(kind: pa.DataType) -> bool:
     )
 
 
-def _first_text(column: pa.ChunkedArray) -> tuple[int, object]:
+def first_text(column: pa.ChunkedArray) -> tuple[int, object]:
     """Find the first cell that is not a number: its row from 1, and its value."""
     for row, value in enumerate(column.to_pylist(), start=1):
         if value is None:
@@ -180,6 +201,16 @@ def _first_text(column: pa.ChunkedArray) -> tuple[int, object]:
         try:
             float(value)
         except (TypeError, ValueError):
+            return row, value
+    return 1, column[0].as_py()
+
+
+def _first_not_utf8(column: pa.ChunkedArray) -> tuple[int, bytes]:
+    """Find the first cell whose bytes are no text, in a column that was taken for bytes by it."""
+    for row, value in enumerate(column.to_pylist(), start=1):
+        try:
+            (value or b"").decode("utf-8")
+        except UnicodeDecodeError:
             return row, value
     return 1, column[0].as_py()
 
@@ -193,14 +224,14 @@ def _check_order(stamps: np.ndarray, where: str) -> None:
         raise DataError(
             f"{where}: row {row + 1} ({stamps[row].item()}) is earlier than row {row} "
             f"({stamps[row - 1].item()}); sort the table by time, and if several series stand "
-            f"below one another give each its own column"
+            f"below one another give each its own column; {CLOCK_ADVICE}"
         )
     same = np.flatnonzero(differences == np.timedelta64(0, "us"))
     if same.size:
         row = int(same[0]) + 1
         raise DataError(
             f"{where}: {stamps[row].item()} stands twice, in rows {row} and {row + 1}; "
-            f"keep one row per time"
+            f"keep one row per time; {CLOCK_ADVICE}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Parquet files, with one series per row or with one column per variate."""
+"""Parquet files: one series per row, one column per variate, or one row per series and time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,57 +6,56 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError
 from data_pipeline.record import Drop, SeriesRecord
-from data_pipeline.sources.files import FileSource
+from data_pipeline.sources.row_files import ParquetRows, open_parquet, parquet_errors
 from data_pipeline.sources.rows import TARGET, RowReader
+from data_pipeline.sources.tables import TableSource
 from data_pipeline.sources.unit import Unit
-from data_pipeline.sources.wide import wide_records
-
-_READ_BYTES = 2**20
-_ROWS_AT_ONCE = 64
-"""Rows are whole series, of up to millions of points each."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetSource(FileSource):
+class ParquetSource(TableSource):
     """One or many Parquet files."""
 
     type: Literal["parquet"] = "parquet"
-    layout: Literal["auto", "series", "wide"] = "auto"
+    layout: Literal["auto", "series", "wide", "long"] = "auto"
     """`series`: one series per row, values in the list column `target`, read in small batches;
-    `wide`: one row per time, read whole; `auto`: `series` if the column `target` holds lists."""
-    time_column: str | None = None
-    """Name of the time column of a wide file; found by itself if not given."""
-    columns: tuple[str, ...] | None = None
-    """Variates to take from a wide file; all if not given."""
+    `wide`: one row per time, one column per variate, read whole; `long`: one row per series and
+    time; `auto`: `series` if the column `target` holds lists, `long` if a column called item_id,
+    unique_id, series, series_id, entity or id holds text and times repeat, else `wide`."""
 
     def __post_init__(self) -> None:
-        if self.layout == "series" and (self.time_column or self.columns):
-            raise ValueError("time_column and columns are for layout: wide, but layout is series")
+        super().__post_init__()
+        if self.layout == "series" and self._table_options():
+            raise ValueError(
+                f"time_column and columns are for layout: wide or long, but layout is series; "
+                f"leave out {', '.join(self._table_options())}"
+            )
+        if self.layout == "wide" and self.id_columns is not None:
+            raise ValueError("id_columns are for layout: long, but layout is wide")
+
+    def units(self) -> tuple[Unit, ...]:
+        """Cut files with one series per row into groups of row groups; others are one unit each."""
+        units: list[Unit] = []
+        for file in self.files():
+            if self._has_series(file):
+                units += ParquetRows(file).units()
+            else:
+                units.append(Unit(file=str(file), size_bytes=file.stat().st_size))
+        return tuple(units)
 
     def read(self, unit: Unit) -> Iterator[SeriesRecord | Drop]:
-        """Yield all series of a file."""
+        """Yield all series of a unit; unnamed ones are called after the file and their row in it.
+
+        Raises:
+            DataError: if the file cannot be read; one series that cannot is a `Drop`.
+        """
         file = Path(unit.file)
-        if self._is_wide(file):
-            yield from wide_records(file, self, time_column=self.time_column, columns=self.columns)
-        else:
-            yield from self._series(file)
-
-    def _is_wide(self, file: Path) -> bool:
-        if self.layout != "auto":
-            return self.layout == "wide"
-        schema = _open(file).schema_arrow
-        has_lists = TARGET in schema.names and pa.types.is_nested(schema.field(TARGET).type)
-        if has_lists and (self.time_column or self.columns):
-            raise ConfigError(
-                f"time_column and columns are for wide files, but {file} has one series per row"
-            )
-        return not has_lists
-
-    def _series(self, file: Path) -> Iterator[SeriesRecord | Drop]:
+        if self.layout != "series" and not self._has_series(file):
+            yield from self.table_records(file, self.layout)
+            return
         reader = RowReader(
             where=str(file),
             name=file.stem,
@@ -64,21 +63,24 @@ class ParquetSource(FileSource):
             source=self.source,
             freq=self.freq,
         )
-        try:
-            for batch in _open(file).iter_batches(batch_size=_ROWS_AT_ONCE):
-                yield from reader.read(batch)
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(file, error) from error
+        for reader.first_row, batch in ParquetRows(file).batches(unit.part):
+            yield from reader.read(batch)
 
+    def _has_series(self, file: Path) -> bool:
+        """Tell whether a file has one series per row."""
+        if self.layout != "auto":
+            return self.layout == "series"
+        with open_parquet(file) as opened, parquet_errors(file):
+            schema = opened.schema_arrow
+            has_lists = TARGET in schema.names and pa.types.is_nested(schema.field(TARGET).type)
+        if has_lists and self._table_options():
+            raise ConfigError(
+                f"{', '.join(self._table_options())} are for wide files and long ones, but {file} "
+                f"has one series per row"
+            )
+        return has_lists
 
-def _open(file: Path) -> pq.ParquetFile:
-    try:
-        # Read and decode in small pieces; the default loads a row group, often the whole file.
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())
-    return DataError(f"{file}: cannot be read as Parquet ({reason}); copy or export it again")
+    def _table_options(self) -> list[str]:
+        """Name the options for tables that are set."""
+        names = ("time_column", "columns", "id_columns", "time_zone")
+        return [name for name in names if getattr(self, name) is not None]

@@ -6,7 +6,7 @@ Columns: `target` holds the values, flat or one list per variate; `item_id`, `st
 
 import datetime as dt
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -17,25 +17,34 @@ from data_pipeline.frequency import modern_alias
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.sources.files import UNKNOWN_DOMAIN
 from data_pipeline.sources.names import utsd_names
-from data_pipeline.steps.clean import BAD_TIMESTAMP, NOT_NUMERIC
+from data_pipeline.steps.clean import BAD_TIMESTAMP, NOT_NUMERIC, NOT_UTF8
 
 TARGET = "target"
+ROW_COLUMNS = ("item_id", "start", "end", "freq", "domain", "dataset", "source", TARGET)
+"""All that is read of a row; covariates and the like beside them are left alone."""
+ROWS_AT_ONCE = 64
+"""Rows are whole series, of up to millions of points each."""
 
 _LIST_CHECKS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
 @dataclass(kw_only=True)
 class RowReader:
-    """Reads batches of rows; counts them, so that a row without a name still gets one."""
+    """Reads batches of rows; counts them, so that a row without a name still gets one.
+
+    A row that cannot be read costs its own series alone: it comes as a `Drop` with the reason.
+    """
 
     where: str
     """File or data set, for messages."""
     name: str
-    """Source of rows that do not say theirs, and stem of missing names."""
+    """Stem of missing names; and source of rows that do not say theirs, unless `data_set` does."""
+    data_set: str | None = None
     domain: str | None = None
     source: str | None = None
     freq: str | None = None
-    _rows_read: int = field(default=0, init=False)
+    first_row: int = 0
+    """Number of the next row, from 0; names of rows that have none end in it."""
 
     def read(self, batch: pa.RecordBatch) -> Iterator[SeriesRecord | Drop]:
         """Yield every series of a batch; a row that holds none comes as a `Drop`.
@@ -53,21 +62,28 @@ class RowReader:
         rows = _Rows(batch)
         for row in range(batch.num_rows):
             yield from self._read_row(rows, row)
-            self._rows_read += 1
+            self.first_row += 1
 
     def _read_row(self, rows: "_Rows", row: int) -> Iterator[SeriesRecord | Drop]:
-        item_id = rows.text("item_id", row) or f"{self.name}_{self._rows_read}"
-        domain, source = self._names(rows, row, item_id)
+        unnamed = f"{self.name}_{self.first_row}"
+        try:
+            item_id = rows.text("item_id", row) or unnamed
+            domain, source = self._names(rows, row, item_id)
+            freq = self.freq or modern_alias(rows.text("freq", row))
+        except UnicodeDecodeError:
+            yield Drop(
+                item_id=unnamed, source=self.source or self.data_set or self.name, reason=NOT_UTF8
+            )
+            return
         variates = rows.values(row)
         if variates is None:
             yield Drop(item_id=item_id, source=source, reason=NOT_NUMERIC)
             return
         try:
             start, end = rows.time("start", row), rows.time("end", row)
-        except ValueError:
+        except (ValueError, OverflowError):
             yield Drop(item_id=item_id, source=source, reason=BAD_TIMESTAMP)
             return
-        freq = self.freq or modern_alias(rows.text("freq", row))
         for variate, values in enumerate(variates):
             yield SeriesRecord(
                 item_id=item_id,
@@ -89,6 +105,7 @@ class RowReader:
             or rows.text("dataset", row)
             or rows.text("source", row)
             or (names and names[1])
+            or self.data_set
             or self.name
         )
         return domain, source
@@ -105,19 +122,23 @@ class _Rows:
         self._is_null = self._target.is_null().to_numpy(zero_copy_only=False)
 
     def text(self, name: str, row: int) -> str | None:
+        """Read a cell as text; raises UnicodeDecodeError if its bytes are none."""
         value = self._column(name)[row]
+        if isinstance(value, bytes):
+            return value.decode("utf-8")
         return None if value is None else str(value)
 
     def time(self, name: str, row: int) -> dt.datetime | None:
         """Read a time cell, which may be empty or text; raises ValueError if it is no time."""
         value = self._column(name)[row]
-        if value is None or value == "":
-            return None
         if isinstance(value, dt.datetime):
             return value
+        text = self.text(name, row)
+        if not text:
+            return None
         import pandas as pd
 
-        stamp = pd.Timestamp(str(value))
+        stamp = pd.Timestamp(text)
         if stamp is pd.NaT:
             return None
         if stamp.tz is not None:
@@ -145,9 +166,18 @@ class _Rows:
         if name not in self.batch.schema.names:
             return [None] * self.batch.num_rows
         column = self.batch.column(name)
-        if pa.types.is_timestamp(column.type):
-            column = column.cast(pa.timestamp("us"), safe=False)
+        kind = column.type
+        if pa.types.is_timestamp(kind):
+            # Without its zone a stamp is in UTC. Only nanoseconds are rounded: the cast of coarser
+            # units would let stamps beyond the range of microseconds wrap around.
+            unit = "us" if kind.unit == "ns" else kind.unit
+            column = column.cast(pa.timestamp(unit), safe=False)
             return [_python_time(cell) for cell in column]
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            # Files are known to hold text that is not UTF-8 under a type that says it is.
+            column = column.cast(
+                pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()
+            )
         return column.to_pylist()
 
     @cached_property
@@ -166,7 +196,7 @@ def _python_time(cell: pa.TimestampScalar) -> dt.datetime | str | None:
     try:
         return cell.as_py()
     except OverflowError:
-        return f"{cell.value} us after 1970"
+        return f"{cell.value} {cell.type.unit} after 1970"
 
 
 def _nesting(kind: pa.DataType) -> int:

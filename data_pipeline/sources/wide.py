@@ -9,10 +9,21 @@ from data_pipeline.table import read_table
 
 
 def wide_records(
-    file: Path, config: FileSource, *, time_column: str | None, columns: Sequence[str] | None
+    file: Path,
+    config: FileSource,
+    *,
+    time_column: str | None,
+    columns: Sequence[str] | None,
+    time_zone: str | None,
 ) -> Iterator[SeriesRecord]:
-    """Yield the variates of one wide file, named after the file and the column."""
-    table = read_table(file, time_column=time_column, columns=columns)
+    """Yield the variates of one wide file, named after the file and the column.
+
+    Raises:
+        DataError: naming file, column and row, if there is anything to guess.
+    """
+    table = read_table(
+        file, time_column=time_column, columns=columns, time_zone=time_zone, is_strict=True
+    )
     stamps = table.timestamps
     for variate, name in enumerate(table.variates):
         yield SeriesRecord(

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.errors import ConfigError, DataError
@@ -61,18 +63,53 @@ def test_local_copy_of_utsd_gives_every_series(utsd, tmp_path, layout, streaming
         np.testing.assert_array_equal(record.values, np.array(target, np.float32))
 
 
-def test_hub_data_set_is_asked_for_by_name(utsd, monkeypatch) -> None:
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> list[tuple[str, str, dict]]:
+    """Put a data set of three shards of two rows where the hub is; returns what is asked for."""
+    files = []
+    for shard in range(3):
+        rows = {"target": [[float(shard), float(row)] for row in range(2)]}
+        files.append(str(tmp_path / f"{shard}.parquet"))
+        datasets.Dataset.from_dict(rows).to_parquet(files[-1])
     calls = []
+    load = datasets.load_dataset
 
     def load_dataset(path: str, name: str, **options: object) -> datasets.IterableDataset:
         calls.append((path, name, options))
-        return utsd.to_iterable_dataset()
+        return load(
+            "parquet",
+            data_files=files,
+            split="train",
+            streaming=options["streaming"],
+            cache_dir=str(tmp_path / "cache"),
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    records = list(HubSource(name="UTSD-1G", revision="abc").records())
-    assert len(records) == len(LENGTHS)
+    return calls
+
+
+def test_hub_data_set_is_asked_for_by_name(hub) -> None:
+    next(HubSource(name="UTSD-1G", revision="abc").records())
     options = {"split": "train", "revision": "abc", "streaming": True, "cache_dir": None}
-    assert calls == [("thuml/UTSD", "UTSD-1G", options)]
+    assert hub
+    assert all(call == ("thuml/UTSD", "UTSD-1G", options) for call in hub)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_each_shard_on_the_hub_is_a_unit(hub, streaming) -> None:
+    source = HubSource(path="owner/name", streaming=streaming)
+    units = source.units()
+    assert len(units) == 3
+    assert not any(options["streaming"] is False for _, _, options in hub), "units() downloads"
+    parts = [list(source.read(unit)) for unit in reversed(units)][::-1]
+    records = [record for part in parts for record in part]
+    assert [record.values.tolist() for record in records] == [
+        [shard, row] for shard in range(3) for row in range(2)
+    ]
+    assert [record.item_id for record in records] == [
+        f"name_{shard}_{row}" for shard in range(3) for row in range(2)
+    ]
+    assert any(options["streaming"] is False for _, _, options in hub) == (not streaming)
 
 
 def test_unreachable_hub_is_one_line(monkeypatch) -> None:
@@ -90,5 +127,59 @@ def test_wrong_folder_or_split_is_named(utsd, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"no \.arrow or \.parquet files"):
         HubSource(path=str(tmp_path)).files()
     folder = save(utsd, tmp_path / "utsd", "saved_splits")
-    with pytest.raises(ConfigError, match="no split 'test'; splits: train"):
+    with pytest.raises(ConfigError, match="has the splits train, got test"):
         list(HubSource(path=str(folder), split="test").records())
+
+
+def write_rows(file: Path, targets: list, form: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"target": targets, "past_feat_dynamic_real": [[9.0]] * len(targets)})
+    if form == "parquet":
+        pq.write_table(table, file)
+        return
+    make = pa.ipc.new_stream if form == "stream" else pa.ipc.new_file
+    with make(str(file), table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("form", ["stream", "file", "parquet"])
+def test_each_file_is_a_unit_with_the_data_set_of_its_folder(tmp_path, form) -> None:
+    suffix = "parquet" if form == "parquet" else "arrow"
+    root = tmp_path / "lotsa"
+    # As in LOTSA: a folder for each data set, series of several variates in some.
+    write_rows(root / "wind" / f"data-00000-of-00001.{suffix}", [[1.0, 2.0], [3.0]], form)
+    write_rows(root / "weather" / f"data-00000-of-00001.{suffix}", [[[4.0], [5.0]]], form)
+    write_rows(root / "data" / f"train-0.{suffix}", [[6.0]], form)
+    (root / "wind" / f"cache-12345.{suffix}").write_bytes(b"what datasets computed")
+    source = HubSource(path=str(root), cache_dir=str(tmp_path / "cache"))
+    units = source.units()
+    assert [Path(unit.file).parent.name for unit in units] == ["data", "weather", "wind"]
+    parts = [list(source.read(unit)) for unit in reversed(units)][::-1]
+    found = [(r.source, r.item_id, r.variate, r.values.tolist()) for part in parts for r in part]
+    assert found == [
+        ("lotsa", "lotsa_data_train-0_0", 0, [6.0]),
+        ("weather", "lotsa_weather_data-00000-of-00001_0", 0, [4.0]),
+        ("weather", "lotsa_weather_data-00000-of-00001_0", 1, [5.0]),
+        ("wind", "lotsa_wind_data-00000-of-00001_0", 0, [1.0, 2.0]),
+        ("wind", "lotsa_wind_data-00000-of-00001_1", 0, [3.0]),
+    ]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_local_files_of_two_kinds_are_refused(tmp_path) -> None:
+    write_rows(tmp_path / "a.arrow", [[1.0]], "file")
+    write_rows(tmp_path / "a.parquet", [[1.0]], "parquet")
+    with pytest.raises(ConfigError, match=r"mixes \.arrow and \.parquet"):
+        HubSource(path=str(tmp_path)).units()
+
+
+def test_mapped_file_is_not_copied_to_memory(tmp_path) -> None:
+    values = np.random.default_rng(0).normal(size=(1024, 4096)).astype(np.float32)  # 16 MiB
+    table = pa.table({"target": list(values)})
+    with pa.ipc.new_stream(str(tmp_path / "data.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    before = pa.total_allocated_bytes()
+    source = HubSource(path=str(tmp_path))
+    peaks = [pa.total_allocated_bytes() - before for _ in source.records()]
+    assert len(peaks) == 1024
+    assert max(peaks) < values.nbytes / 8
