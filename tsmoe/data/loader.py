@@ -201,11 +201,16 @@ class ValidationBatches:
         batch_size: int,
         ranks: Ranks,
         resident_shards: int = 0,
+        packs: PackGather | None = None,
     ) -> None:
-        """Choose the windows; with `resident_shards`, from so many shards of each source."""
+        """Choose the windows; with `resident_shards`, from so many shards of each source.
+
+        Where training has `packs`, a short series is seen here too without the fill before it.
+        """
         if not index.is_validation:
             raise ValueError("validation batches want the windows of the validation split")
         self.index, self.batch_size = index, batch_size
+        self._packs = packs
         self._gather = WindowGather(corpus, index.window_length)
         counts = np.diff(index.first_window, append=index.num_windows)
         if (blocks := shard_blocks(corpus, index, resident_shards)) is not None:
@@ -243,6 +248,7 @@ class ValidationBatches:
             observed_BCL=observed_BL[:, None],
             is_target_BCL=is_target_BL[:, None],
             series_ids_B=torch.from_numpy(series),
+            series_BCN=None if self._packs is None else self._packs.tokens_alone(series, starts),
         )
 
     def _begins(self, series: Integers, starts: Integers) -> Integers:
