@@ -1,0 +1,1 @@
+"""Series that are alike: copies within a corpus, and overlap of a corpus with evaluation tables."""
