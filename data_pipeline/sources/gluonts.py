@@ -57,7 +57,6 @@ class GluontsSource(FileSource):
     def read(self, unit: Unit) -> Iterator[SeriesRecord | Drop]:
         """Yield the series of one unit; memory is that of 64 series, or of one packed batch."""
         file = _opened(Path(unit.file))
-        _check_columns(file.schema, file.path)
         reader = RowReader(
             where=str(file.path),
             name=file.path.stem,
@@ -139,13 +138,19 @@ class _ParquetFile:
 
 def _opened(path: Path) -> _ArrowFile | _ArrowStream | _ParquetFile:
     with _errors_name(path):
-        with path.open("rb") as file:
-            head = file.read(len(_ARROW_FILE))
-        if head == _ARROW_FILE:
-            return _ArrowFile(path)
-        if head.startswith(_PARQUET_FILE):
-            return _ParquetFile(path)
-        return _ArrowStream(path)
+        file = _by_head(path)
+        _check_columns(file.schema, path)
+        return file
+
+
+def _by_head(path: Path) -> _ArrowFile | _ArrowStream | _ParquetFile:
+    with path.open("rb") as file:
+        head = file.read(len(_ARROW_FILE))
+    if head == _ARROW_FILE:
+        return _ArrowFile(path)
+    if head.startswith(_PARQUET_FILE):
+        return _ParquetFile(path)
+    return _ArrowStream(path)
 
 
 @contextmanager
@@ -162,6 +167,7 @@ def _errors_name(path: Path) -> Iterator[None]:
 
 
 def _check_columns(schema: pa.Schema, path: Path) -> None:
+    """Raise DataError if there is no target, and UnicodeDecodeError if a name is no UTF-8."""
     if TARGET not in schema.names:
         raise DataError(
             f"{path}: no column 'target' with the values of a series; columns: "

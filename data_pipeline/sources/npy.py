@@ -4,6 +4,7 @@ Files are read in pieces and not memory-mapped: touched pages of a map would cou
 the process, up to the size of the file, and a file that shrinks would kill it.
 """
 
+import tokenize
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,18 @@ from data_pipeline.sources.unit import Unit
 
 _CHUNK_BYTES = 8 * 2**20
 _NUMBER_KINDS = "fiub"
+# numpy parses the header as a Python literal and lets out what the parser raises.
+_HEADER_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    SyntaxError,
+    RecursionError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,7 @@ class NpySource(FileSource):
         )
 
     def read(self, unit: Unit) -> Iterator[SeriesRecord | Drop]:
-        """Yield the variates of one block; memory is that of the block as float32."""
+        """Yield the variates of one block; memory is that of two blocks as float32."""
         array = _Array.open(Path(unit.file))
         first, end = array.blocks.bounds(unit.part)
         below = array.file.relative_to(fixed_folder(self.path)).with_suffix("").parts
@@ -90,7 +103,7 @@ class _Array:
         try:
             # Maps the file and lets go of it: numpy checks the header against the size.
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError, OverflowError, zipfile.BadZipFile) as error:
+        except _HEADER_ERRORS as error:
             raise DataError(
                 f"{file}: cannot be read as .npy ({one_line(error)}); {advice}"
             ) from error

@@ -21,7 +21,7 @@ from data_pipeline.sources.arrow_stream import check_stream_end
 from data_pipeline.sources.blocks import Blocks
 from data_pipeline.sources.files import FileSource
 from data_pipeline.sources.names import one_line
-from data_pipeline.sources.rows import RowReader
+from data_pipeline.sources.rows import TARGET, RowReader
 from data_pipeline.sources.unit import Unit
 
 _STATE = "state.json"
@@ -150,6 +150,7 @@ def _table(file: Path) -> Iterator[pa.Table]:
         check_stream_end(file)
         mapped = pa.memory_map(str(file))
         table = pa.ipc.open_stream(mapped).read_all()
+        _check_columns(table, file)
     with mapped:
         yield table
 
@@ -160,10 +161,19 @@ def _errors_name(file: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{file}: cannot be read as an Arrow stream ({one_line(error)}); copy it again"
         ) from error
+
+
+def _check_columns(table: pa.Table, file: Path) -> None:
+    """Raise DataError if there is no target, and UnicodeDecodeError if a name is no UTF-8."""
+    if TARGET not in table.column_names:
+        raise DataError(
+            f"{file}: no column 'target' with the values of a series; columns: "
+            f"{', '.join(table.column_names)}"
+        )
 
 
 def _blocks(file: Path, table: pa.Table) -> Blocks:

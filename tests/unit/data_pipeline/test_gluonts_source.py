@@ -179,3 +179,11 @@ def test_other_files_are_refused(tmp_path, content) -> None:
     (tmp_path / "data.arrow").write_bytes(content)
     with pytest.raises(DataError, match=r"data\.arrow: cannot be read as a data set of GluonTS"):
         GluontsSource(path=str(tmp_path / "data.arrow")).units()
+
+
+def test_name_of_a_column_that_is_no_utf_8_is_refused(tmp_path) -> None:
+    source = write(tmp_path, rows(0))
+    file = tmp_path / "data.feather"
+    file.write_bytes(file.read_bytes().replace(b"target", b"t\xffrget"))
+    with pytest.raises(DataError, match=r"data\.feather: cannot be read .*utf-8"):
+        source.units()

@@ -112,6 +112,17 @@ def test_file_cut_short_is_refused_by_name(tmp_path, cut) -> None:
         source.units()
 
 
+@pytest.mark.parametrize("old", [b"{'descr'", b"'<f8'", b"False", b"(6, 4)", b"}"])
+def test_header_that_is_no_description_is_refused_by_name(tmp_path, old) -> None:
+    source = save(tmp_path, TABLE_LC)
+    file = tmp_path / "data.npy"
+    whole = file.read_bytes()
+    for byte in b"([{'\\ 9\n":
+        file.write_bytes(whole.replace(old, bytes([byte]) * len(old), 1))
+        with pytest.raises(DataError, match=r"data\.npy"):
+            source.units()
+
+
 def test_bytes_behind_the_values_are_refused(tmp_path) -> None:
     source = save(tmp_path, TABLE_LC)
     with (tmp_path / "data.npy").open("ab") as handle:

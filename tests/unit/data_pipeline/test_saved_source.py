@@ -210,3 +210,11 @@ def test_file_outside_of_the_folder_is_never_read(tmp_path) -> None:
     (tmp_path / "data" / "state.json").write_text(json.dumps(state))
     with pytest.raises(DataError, match="data/passwd"):
         source.units()
+
+
+def test_name_of_a_column_that_is_no_utf_8_is_refused(tmp_path) -> None:
+    source = write_file(tmp_path, [[1]])
+    file = tmp_path / "data.arrow"
+    file.write_bytes(file.read_bytes().replace(b"target", b"t\xffrget"))
+    with pytest.raises(DataError, match=r"data\.arrow: cannot be read .*utf-8"):
+        source.units()
