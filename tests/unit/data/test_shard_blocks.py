@@ -54,6 +54,14 @@ def test_windows_of_a_block_are_mixed() -> None:
     assert (np.diff(windows) == 1).sum() < 10
 
 
+def test_blocks_of_one_size_are_mixed_differently() -> None:
+    shards = np.arange(6, dtype=np.int32)
+    blocks = ShardBlocks(np.zeros(6, np.int32), shards, np.full(6, 40), 1)
+    turns = np.arange(240)
+    numbers = blocks.permute(np.zeros_like(turns), turns, np.full(240, 7, np.uint64))
+    assert len({tuple(block % 40) for block in numbers.reshape(6, 40)}) == 6
+
+
 def test_epochs_take_the_shards_in_different_orders() -> None:
     _, shards = of_source(order(1), 0, epochs=12)
     orders = {tuple(dict.fromkeys(epoch.tolist())) for epoch in shards.reshape(12, -1)}
