@@ -172,16 +172,14 @@ class HubSource(ReadsUnits):
     @contextmanager
     def _errors_name(self) -> Iterator[None]:
         import datasets
-        import httpx  # through which huggingface_hub speaks; its errors come out as they are
+        from huggingface_hub.errors import HfHubHTTPError
 
+        # Of the client it speaks through, httpx or httpx2: a connection that is lost while reading
+        # comes out as it is.
+        http_error = HfHubHTTPError.__mro__[1]
         try:
             yield
-        except (
-            OSError,
-            ValueError,
-            httpx.HTTPError,
-            datasets.exceptions.DatasetsError,
-        ) as error:
+        except (OSError, ValueError, http_error, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"{self.path}: cannot be read through `datasets` ({one_line(error)}); check name, "
                 f"split and network, or copy the data set to a folder and give that as path"

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sources import HubSource
@@ -119,6 +120,19 @@ def test_unreachable_hub_is_one_line(monkeypatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"thuml/UTSD: cannot be read.*no route to host.*network"):
         list(HubSource().records())
+
+
+def test_connection_lost_while_reading_is_one_line(hub, monkeypatch) -> None:
+    http_error = HfHubHTTPError.__mro__[1]  # of the client under it, as from a lost connection
+
+    def break_off(self, batch_size: int) -> None:
+        raise http_error("timed out")
+
+    source = HubSource(path="owner/name")
+    units = source.units()
+    monkeypatch.setattr(datasets.IterableDataset, "iter", break_off)
+    with pytest.raises(DataError, match=r"owner/name: cannot be read.*timed out.*network"):
+        list(source.read(units[0]))
 
 
 def test_wrong_folder_or_split_is_named(utsd, tmp_path) -> None:
