@@ -145,8 +145,11 @@ def in_turns(runs: dict[str, Training], steps: int, validate_every: int) -> dict
                 )
     figures = {name: run.figures() for name, run in runs.items()}
     plain, packed = figures["plain"], figures["packed"]
+    goal = min(point["validation_loss"] for point in curves["plain"])
+    reached = [point for point in curves["packed"] if point["validation_loss"] <= goal]
     return figures | {
         "packed_over_plain": {key: round(packed[key] / plain[key], 2) for key in plain},
+        "packed_reaches_the_best_of_plain": reached[0] if reached else None,
         "validation": curves,
     }
 
@@ -230,7 +233,7 @@ def main() -> None:
             }
             results[f"context {context_length}, patches of {patch_length}"] = {
                 **geometry(corpus, config),
-                **in_turns(runs, args.steps, max(1, args.steps // 6)),
+                **in_turns(runs, args.steps, max(1, args.steps // 12)),
                 "mask_alone": price_of_the_mask(config, args.windows, rounds=12),
             }
     record("packing", results, notes="one thread, one process; plain and packed in turns")
