@@ -1,6 +1,7 @@
 """What all sources of local files share: where the files are, and what the user overrides."""
 
 import glob
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -12,6 +13,21 @@ from data_pipeline.sources.unit import ReadsUnits, Unit
 
 UNKNOWN_DOMAIN = "unspecified"
 """Domain of a series where neither the data nor the configuration names one."""
+
+
+def check_file_names(files: Iterable[Path]) -> None:
+    """Refuse files that no series or manifest can be called after.
+
+    Raises:
+        ConfigError: naming the first whose name is no UTF-8.
+    """
+    for file in files:
+        try:
+            str(file).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"path: the name of the file {str(file)!a} is no UTF-8; rename it"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +55,13 @@ class FileSource(ReadsUnits):
         """List the files, sorted by name.
 
         Raises:
-            ConfigError: if there is none.
+            ConfigError: if there is none, or the name of one is no UTF-8.
         """
         matches = sorted(Path(match) for match in glob.glob(self.path, recursive=True))
         files = tuple(match for match in matches if match.is_file())
         if not files:
             raise ConfigError(f"path: no file matches {self.path!r}; check the path of the source")
+        check_file_names(files)
         return files
 
     def units(self) -> tuple[Unit, ...]:

@@ -19,7 +19,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.sources.arrow_stream import check_stream_end
 from data_pipeline.sources.blocks import Blocks
-from data_pipeline.sources.files import FileSource
+from data_pipeline.sources.files import FileSource, check_file_names
 from data_pipeline.sources.names import one_line
 from data_pipeline.sources.rows import TARGET, RowReader
 from data_pipeline.sources.unit import Unit
@@ -92,6 +92,7 @@ class SavedSource(FileSource):
             raise ConfigError(
                 f"path: no folder matches {self.path!r}; check the path of the source"
             )
+        check_file_names(folders)
         return folders
 
     def _folder(self, folder: Path) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.record import Drop, SeriesRecord
-from data_pipeline.sources.files import UNKNOWN_DOMAIN, FileSource
+from data_pipeline.sources.files import UNKNOWN_DOMAIN, FileSource, check_file_names
 from data_pipeline.sources.names import fixed_folder
 from data_pipeline.sources.time300b_meta import META_FILE, LeafHead, Sequences, read_sequences
 from data_pipeline.sources.unit import Unit
@@ -97,6 +97,7 @@ class Time300bSource(FileSource):
                 f"path: no folder with {META_FILE} at {self.path!r} or below it; check the path of "
                 f"the source"
             )
+        check_file_names(leaves)
         return sorted(leaves)
 
 

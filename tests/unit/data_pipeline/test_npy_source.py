@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sources import blocks
 from data_pipeline.sources.npy import NpySource
 
@@ -137,3 +137,10 @@ def test_file_cut_while_it_is_read_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(np, "fromfile", lambda *arguments: fromfile(*arguments)[:-2])
     with pytest.raises(DataError, match=r"data\.npy: ends 2 values early"):
         list(source.records())
+
+
+def test_name_of_a_file_that_is_no_utf_8_is_refused(tmp_path) -> None:
+    save(tmp_path, TABLE_LC)
+    (tmp_path / "data.npy").rename(tmp_path / "d\udcff.npy")
+    with pytest.raises(ConfigError, match=r"d\\udcff\.npy' is no UTF-8; rename it"):
+        NpySource(path=str(tmp_path / "*.npy")).units()

@@ -218,3 +218,10 @@ def test_name_of_a_column_that_is_no_utf_8_is_refused(tmp_path) -> None:
     file.write_bytes(file.read_bytes().replace(b"target", b"t\xffrget"))
     with pytest.raises(DataError, match=r"data\.arrow: cannot be read .*utf-8"):
         source.units()
+
+
+def test_folder_whose_name_is_no_utf_8_is_refused(tmp_path) -> None:
+    save(tmp_path, utsd())
+    (tmp_path / "data").rename(tmp_path / "d\udcff")
+    with pytest.raises(ConfigError, match=r"is no UTF-8; rename it"):
+        SavedSource(path=str(tmp_path / "*")).units()

@@ -192,3 +192,9 @@ def test_values_beyond_float32_become_infinite(tmp_path, recwarn) -> None:
 def test_folder_without_data_is_a_mistake_of_the_user(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"meta\.json"):
         Time300bSource(path=str(tmp_path)).units()
+
+
+def test_folder_whose_name_is_no_utf_8_is_refused(tmp_path) -> None:
+    write_leaf(tmp_path / "nature" / "w\udcff")
+    with pytest.raises(ConfigError, match=r"is no UTF-8; rename it"):
+        Time300bSource(path=str(tmp_path)).units()
