@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from data_pipeline.exact_tmp import DuplicatesConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.shards.writer import DEFAULT_SHARD_SIZE_BYTES
+from data_pipeline.similarity.duplicates import DuplicatesConfig
 from data_pipeline.sources import SOURCE_TYPES, SourceConfig
 from data_pipeline.steps.clean import CleanConfig
 from data_pipeline.steps.mixup import MixupConfig
@@ -67,6 +67,13 @@ class CorpusConfig:
 
 
 _ADAPTER = TypeAdapter(CorpusConfig)
+_SECTIONS: dict[str, type] = {
+    "resample": ResampleConfig,
+    "quality": QualityConfig,
+    "clean": CleanConfig,
+    "duplicates": DuplicatesConfig,
+    "mixup": MixupConfig,
+}
 _SOURCE_BY_TAG = {source.type: source for source in SOURCE_TYPES}
 
 
@@ -140,8 +147,8 @@ def _describe(detail: dict[str, Any], content: dict[str, Any]) -> str:
 
 def _known_keys(location: list[Any], content: dict[str, Any]) -> list[str]:
     section: type = CorpusConfig
-    if location[:1] == ["clean"]:
-        section = CleanConfig
-    elif location[:1] == ["sources"]:
+    if location[:1] == ["sources"]:
         section = _SOURCE_BY_TAG[content["sources"][location[1]]["type"]]
+    elif location:
+        section = _SECTIONS[location[0]]
     return [item.name for item in dataclasses.fields(section)]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline.exact_tmp import SketchWriter
 from data_pipeline.build.plan import Block
 from data_pipeline.build.tally import Tally
 from data_pipeline.config import CorpusConfig
@@ -22,6 +21,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.record import Drop, SeriesRecord
 from data_pipeline.shards.manifest import BUILDING_FOLDER, ReasonDrops, ShardEntry, SourceEntry
 from data_pipeline.shards.writer import ShardWriter, file_sha256
+from data_pipeline.similarity.sketch import SketchWriter
 from data_pipeline.steps.clean import reason_to_drop
 from data_pipeline.steps.mixup import SeriesMixer
 from data_pipeline.steps.quality import measure
@@ -135,7 +135,7 @@ def _write(
     writer = ShardWriter(
         scratch, train_fraction=config.train_fraction, shard_size_bytes=config.shard_size_bytes
     )
-    sketches = SketchWriter(config.duplicates)
+    sketches = SketchWriter(anchors=config.duplicates.similar)
     with SeriesTable(scratch / TABLE_FILE) as table:
         for record, licence in _series_that_stay(config, block, table, tally):
             is_held = is_held_out(record.source, record.item_id, config.held_out_fraction)

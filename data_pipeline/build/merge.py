@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.build.block import SKETCH_FILE, TABLE_FILE, BlockResult, scratch_folder
-from data_pipeline.exact_tmp import find_duplicates
 from data_pipeline.build.plan import BuildPlan
 from data_pipeline.build.tally import Tally
 from data_pipeline.config import CorpusConfig
@@ -25,6 +24,7 @@ from data_pipeline.shards.index import SeriesIndex, write_index
 from data_pipeline.shards.manifest import BUILDING_FOLDER, Manifest, ShardEntry, corpus_fingerprint
 from data_pipeline.shards.reader import open_shard
 from data_pipeline.shards.writer import SHARD_PATTERN, shard_name, write_shard
+from data_pipeline.similarity.duplicates import find_duplicates
 from data_pipeline.storage import Store
 
 _OPEN_SHARDS = 8

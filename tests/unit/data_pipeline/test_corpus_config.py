@@ -45,6 +45,23 @@ clean: {min_length: 96}
             "sources.0.path: Input should be a valid string, got 3",
         ),
         ("sources: []", "sources must name at least one source"),
+        *(
+            (
+                f"sources: [{{type: csv, path: x}}]\n{section}: {{wrong: 1}}",
+                f"{section}.wrong: unknown key; known keys: {first}",
+            )
+            for section, first in (
+                ("resample", "freq"),
+                ("quality", "constant_window"),
+                ("clean", "min_length"),
+                ("duplicates", "exact"),
+                ("mixup", "share"),
+            )
+        ),
+        (
+            "sources: [{type: csv, path: x}]\nheld_out_fraction: 1",
+            "held_out_fraction must be in [0, 1), got 1",
+        ),
         (
             "sources: [{type: csv, path: x}]\ntrain_fraction: 1.5",
             "train_fraction must be in (0, 1]",
@@ -61,7 +78,7 @@ clean: {min_length: 96}
             "sources: [{type: parquet, path: x, layout: series, columns: [a]}]",
             "sources.0: time_column and columns are for layout: wide",
         ),
-        ("source: []", "source: unknown key; known keys: sources, clean"),
+        ("source: []", "source: unknown key; known keys: sources, resample"),
         ("- a\n", "expected keys"),
         ("sources: [\n", "not valid YAML"),
     ],
