@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ConfigDict
 
@@ -176,7 +176,7 @@ class HubSource(ReadsUnits):
 
         # Of the client it speaks through, httpx or httpx2: a connection that is lost while reading
         # comes out as it is.
-        http_error = HfHubHTTPError.__mro__[1]
+        http_error: Any = HfHubHTTPError.__mro__[1]  # Any: to mypy it is a plain type
         try:
             yield
         except (OSError, ValueError, http_error, datasets.exceptions.DatasetsError) as error:

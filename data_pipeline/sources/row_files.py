@@ -63,7 +63,12 @@ class ParquetRows:
         with open_parquet(path) as file, parquet_errors(path):
             self.columns = tuple(file.schema_arrow.names)
             _check_target(self.columns, path)
-            self._groups = [_RowGroup.of(file.metadata, i) for i in range(file.num_row_groups)]
+            groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+            self._groups = [
+                _RowGroup(num_rows=group.num_rows, size_bytes=group.total_byte_size)
+                for group in groups
+            ]
+            self._check_groups(file.metadata.num_rows)
 
     def units(self) -> tuple[Unit, ...]:
         """Group the row groups by what they hold; the last ones may make a small part."""
@@ -92,6 +97,15 @@ class ParquetRows:
                 f"again"
             )
 
+    def _check_groups(self, num_rows: int) -> None:
+        counts = [group.num_rows for group in self._groups]
+        is_negative = any(min(g.num_rows, g.size_bytes) < 0 for g in self._groups)
+        if is_negative or sum(counts) != num_rows:
+            raise DataError(
+                f"{self.path}: its footer says {num_rows} rows, and {sum(counts)} in its row "
+                f"groups; copy or export it again"
+            )
+
     def _checked_batches(self, groups: range) -> Iterator[pa.RecordBatch]:
         columns = [name for name in ROW_COLUMNS if name in self.columns]
         with open_parquet(self.path) as file:
@@ -116,19 +130,11 @@ class ParquetRows:
 class _RowGroup:
     num_rows: int
     size_bytes: int
-    """Of the values, before compression."""
+    """Of all columns before compression: covariates count as well, where there are some.
 
-    @classmethod
-    def of(cls, metadata: pq.FileMetaData, index: int) -> "_RowGroup":
-        group = metadata.row_group(index)
-        columns = [group.column(i) for i in range(group.num_columns)]
-        # "target.list.element", or "target" with two lists around the numbers.
-        sizes = [
-            column.total_uncompressed_size
-            for column in columns
-            if column.path_in_schema.split(".")[0] == TARGET
-        ]
-        return cls(num_rows=group.num_rows, size_bytes=sum(sizes))
+    The size of `target` alone stands in the footer too, but Arrow 26 ends the whole process where
+    that part of a footer is broken.
+    """
 
 
 class ArrowRows:

@@ -1,10 +1,15 @@
+import datetime as dt
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.sources import CsvSource, ParquetSource
+from data_pipeline.record import Drop
+from data_pipeline.sources import CsvSource, ParquetSource, row_files
+from data_pipeline.sources.rows import RowReader
+from data_pipeline.table import read_table
 
 
 @pytest.fixture
@@ -74,3 +79,124 @@ def test_file_that_is_no_parquet_is_named(tmp_path) -> None:
     (tmp_path / "bad.parquet").write_text("hello")
     with pytest.raises(DataError, match=r"bad\.parquet: cannot be read as Parquet"):
         list(ParquetSource(path=str(tmp_path / "bad.parquet")).records())
+
+
+def unnamed_file(tmp_path):
+    path = tmp_path / "unnamed.parquet"
+    rows = {"target": [[float(index)] * 50 for index in range(100)], "feat": [[0.0] * 500] * 100}
+    pq.write_table(pa.table(rows), path, row_group_size=10, use_dictionary=False)
+    return path
+
+
+def test_units_are_groups_of_row_groups_and_names_do_not_depend_on_them(
+    tmp_path, monkeypatch
+) -> None:
+    source = ParquetSource(path=str(unnamed_file(tmp_path)))
+    whole = [(record.item_id, record.values.tolist()) for record in source.records()]
+    assert [name for name, _ in whole] == [f"unnamed_{row}" for row in range(100)]
+    (unit,) = source.units()
+    assert unit.size_bytes == pytest.approx(100 * (50 + 500) * 8, rel=0.2)  # covariates as well
+    monkeypatch.setattr(row_files, "UNIT_BYTES", 3 * unit.size_bytes // 10)
+    units = source.units()
+    assert [unit.part for unit in units] == [0, 1, 2, 3]
+    assert sum(part.size_bytes for part in units) == unit.size_bytes
+    parts = [list(source.read(unit)) for unit in reversed(units)][::-1]
+    assert [len(part) for part in parts] == [30, 30, 30, 10]
+    assert [(r.item_id, r.values.tolist()) for part in parts for r in part] == whole
+
+
+def test_covariates_are_not_decoded(tmp_path, monkeypatch) -> None:
+    seen = []
+    read = RowReader.read
+
+    def noted(self, batch):
+        seen.append(batch.schema.names)
+        return read(self, batch)
+
+    monkeypatch.setattr(RowReader, "read", noted)
+    list(ParquetSource(path=str(unnamed_file(tmp_path))).records())
+    assert seen[0] == ["target"]
+
+
+def test_damaged_page_is_told_by_its_checksum(tmp_path) -> None:
+    path = tmp_path / "sums.parquet"
+    values = np.random.default_rng(0).normal(size=2000).astype(np.float32)
+    pq.write_table(
+        pa.table({"target": [values]}),
+        path,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
+    content = bytearray(path.read_bytes())
+    content[content.index(values[1000:1010].tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"sums\.parquet: cannot be read as Parquet .*CRC"):
+        list(ParquetSource(path=str(path)).records())
+
+
+def test_rows_that_the_footer_promises_must_be_there(series_file, monkeypatch) -> None:
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def cut_short(self, *args, **options):
+        yield next(iter_batches(self, *args, **options))
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", cut_short)
+    with pytest.raises(DataError, match=r"many\.parquet: has 236 rows fewer than its footer says"):
+        list(ParquetSource(path=str(series_file)).records())
+
+
+def test_name_that_is_not_utf8_costs_its_own_series_alone(tmp_path) -> None:
+    names = pa.Array.from_buffers(
+        pa.string(),
+        2,
+        [None, pa.py_buffer(np.array([0, 4, 8], np.int32)), pa.py_buffer(b"Rom\xe9Wien")],
+    )
+    path = tmp_path / "names.parquet"
+    pq.write_table(pa.table({"item_id": names, "target": [[1.0], [2.0]]}), path)
+    drop, record = ParquetSource(path=str(path), layout="series").records()
+    assert drop == Drop(item_id="names_0", source="names", reason="not_utf8")
+    assert record.item_id == "Wien"
+
+
+def test_file_without_rows_or_target_is_named(tmp_path) -> None:
+    path = tmp_path / "none.parquet"
+    pq.write_table(pa.table({"target": pa.array([], pa.list_(pa.float32()))}), path)
+    with pytest.raises(DataError, match=r"none\.parquet: holds no rows"):
+        ParquetSource(path=str(path)).units()
+    pq.write_table(pa.table({"value": [1.0]}), path)
+    with pytest.raises(DataError, match=r"none\.parquet: no column 'target'.*value.*layout: wide"):
+        ParquetSource(path=str(path), layout="series").units()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"time_zone": "Europe/Rom"}, "there is no zone 'Europe/Rom'"),
+        ({"columns": ("a", "a")}, "columns: .* has a name twice"),
+        ({"id_columns": ()}, "id_columns: .* is empty"),
+        ({"layout": "wide", "id_columns": ("a",)}, "id_columns are for layout: long"),
+    ],
+)
+@pytest.mark.parametrize("source", [CsvSource, ParquetSource])
+def test_options_that_do_not_fit_are_named(source, options, says) -> None:
+    with pytest.raises(ValueError, match=says):
+        source(path="x", **options)
+
+
+def test_table_options_do_not_fit_rows_of_series() -> None:
+    with pytest.raises(ValueError, match="layout is series; leave out time_zone"):
+        ParquetSource(path="x", layout="series", time_zone="UTC")
+
+
+def test_wide_source_refuses_what_a_forecast_may_take(tmp_path) -> None:
+    hours = np.arange("2021-03-27T00", "2021-03-29T00", dtype="datetime64[h]")
+    hours = hours[hours != np.datetime64("2021-03-28T02")]
+    path = tmp_path / "local.csv"
+    path.write_text("date,a\n" + "".join(f"{hour},{row}\n" for row, hour in enumerate(hours)))
+    with pytest.raises(DataError, match=r"local\.csv, column 'date', row 27: .*time_zone"):
+        list(CsvSource(path=str(path)).records())
+    (record,) = CsvSource(path=str(path), time_zone="Europe/Berlin").records()
+    np.testing.assert_array_equal(record.values, np.arange(47))
+    assert record.start == dt.datetime(2021, 3, 26, 23)
+    assert np.isnan(read_table(path).values_LC).sum() == 1
