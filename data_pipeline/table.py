@@ -236,5 +236,5 @@ def _check_order(stamps: np.ndarray, where: str) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:20])
+    shown = " ".join(", ".join(names[:20]).split())  # a name may hold a line break
     return shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")

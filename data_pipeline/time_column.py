@@ -140,11 +140,15 @@ class TimeStyle:
 
     def _read_texts(self, column: pa.ChunkedArray, first_row: int) -> np.ndarray:
         import pandas as pd
-        from pandas.tseries.api import guess_datetime_format
 
         is_day_first = self._day_first_text is not None
         example = self._day_first_text or self._first_text or ""
-        form = guess_datetime_format(example, dayfirst=is_day_first)
+        form = _format(example, is_day_first=is_day_first)
+        if form is None:
+            raise DataError(
+                f"{self.where}: {example!r} is not a time with a year, and its date shall not be "
+                f"made up; best write YYYY-MM-DD HH:MM:SS"
+            )
         texts = _texts(column)
         parsed = pd.to_datetime(
             texts.to_pandas(), errors="coerce", utc=True, format=form, dayfirst=is_day_first
@@ -176,6 +180,18 @@ def parse_times(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, bool]:
     return style.read(column), style.has_zone
 
 
+def _format(text: str, *, is_day_first: bool) -> str | None:
+    """Return the format of a time, "mixed" if it has no fixed one, None if it has no year."""
+    from pandas.tseries.api import guess_datetime_format
+
+    form = guess_datetime_format(text, dayfirst=is_day_first)
+    if form is not None:
+        return form if re.search("%[Yy]", form) else None
+    # What is not written in numbers alone ("1 Jan 2020") is read word by word, and a missing year
+    # would be the present one.
+    return "mixed" if re.search(r"\d{4}", text) else None
+
+
 def _texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
     texts = column.cast(pa.string())
     return texts if isinstance(texts, pa.ChunkedArray) else pa.chunked_array([texts])
@@ -188,7 +204,11 @@ def _parses(text: object) -> bool:
     if not isinstance(text, str) or text.strip().isdigit():
         return False
     is_day_first = re.match(_DAY_FIRST, text) is not None
-    return not pd.isna(pd.to_datetime(text, errors="coerce", utc=True, dayfirst=is_day_first))
+    form = _format(text, is_day_first=is_day_first)
+    if form is None:
+        return False
+    parsed = pd.to_datetime(text, errors="coerce", utc=True, format=form, dayfirst=is_day_first)
+    return not pd.isna(parsed)
 
 
 def _is_date(kind: pa.DataType) -> bool:

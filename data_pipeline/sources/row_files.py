@@ -18,7 +18,13 @@ from data_pipeline.errors import DataError
 from data_pipeline.sources.arrow_stream import check_stream_end
 from data_pipeline.sources.blocks import UNIT_BYTES
 from data_pipeline.sources.names import one_line
-from data_pipeline.sources.rows import ROW_COLUMNS, ROWS_AT_ONCE, TARGET
+from data_pipeline.sources.rows import (
+    ROW_COLUMNS,
+    ROWS_AT_ONCE,
+    TARGET,
+    may_hold_series,
+    missing_target,
+)
 from data_pipeline.sources.unit import Unit
 
 ARROW_SUFFIX = ".arrow"
@@ -62,7 +68,7 @@ class ParquetRows:
         self.path = path
         with open_parquet(path) as file, parquet_errors(path):
             self.columns = tuple(file.schema_arrow.names)
-            _check_target(self.columns, path)
+            _check_target(file.schema_arrow, path)
             groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             self._groups = [
                 _RowGroup(num_rows=group.num_rows, size_bytes=group.total_byte_size)
@@ -148,7 +154,7 @@ class ArrowRows:
         self.path = path
         with self._errors(), self._reader() as reader:
             self.columns = tuple(reader.schema.names)
-            _check_target(self.columns, path)
+            _check_target(reader.schema, path)
 
     def units(self) -> tuple[Unit, ...]:
         """Take the file as one part: where its batches begin is known only once they are read."""
@@ -223,11 +229,16 @@ def _named_errors(path: Path, form: str) -> Iterator[None]:
         ) from error
 
 
-def _check_target(columns: tuple[str, ...], path: Path) -> None:
-    if TARGET not in columns:
+def _check_target(schema: pa.Schema, path: Path) -> None:
+    if TARGET not in schema.names:
+        raise missing_target(str(path), schema.names)
+    kind = schema.field(TARGET).type
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if not may_hold_series(kind):
         raise DataError(
-            f"{path}: no column 'target' with the values of a series; columns: "
-            f"{', '.join(columns[:20])}; for one column per variate use layout: wide"
+            f"{path}: column 'target' holds {kind}, expected lists of numbers, one for each "
+            f"variate or one alone; for one column per variate use layout: wide"
         )
 
 

@@ -5,7 +5,7 @@ Columns: `target` holds the values, flat or one list per variate; `item_id`, `st
 """
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,10 +55,7 @@ class RowReader:
             DataError: if there is no column `target`.
         """
         if TARGET not in batch.schema.names:
-            raise DataError(
-                f"{self.where}: no column 'target' with the values of a series; columns: "
-                f"{', '.join(batch.schema.names)}; for one column per variate use layout: wide"
-            )
+            raise missing_target(self.where, batch.schema.names)
         rows = _Rows(batch)
         for row in range(batch.num_rows):
             yield from self._read_row(rows, row)
@@ -109,6 +106,21 @@ class RowReader:
             or self.name
         )
         return domain, source
+
+
+def missing_target(where: str, columns: Sequence[str]) -> DataError:
+    """Return the error for a file without a column of series."""
+    listed = " ".join(", ".join(columns[:20]).split())  # a damaged name may hold a line break
+    return DataError(
+        f"{where}: no column 'target' with the values of a series; columns: {listed}; for one "
+        f"column per variate use layout: wide"
+    )
+
+
+def may_hold_series(kind: pa.DataType) -> bool:
+    """Tell whether a column holds lists of numbers, or of nothing, at most two around another."""
+    depth, inner = _unwrapped(kind)
+    return depth in (1, 2) and (_is_number(inner) or pa.types.is_null(inner))
 
 
 class _Rows:
@@ -201,12 +213,21 @@ def _python_time(cell: pa.TimestampScalar) -> dt.datetime | str | None:
 
 def _nesting(kind: pa.DataType) -> int:
     """Count how many lists stand around the numbers; 0 if there are no numbers inside."""
+    depth, inner = _unwrapped(kind)
+    return depth if _is_number(inner) and depth <= 2 else 0
+
+
+def _unwrapped(kind: pa.DataType) -> tuple[int, pa.DataType]:
+    """Count the lists around a type, and return what is inside."""
     depth = 0
     while any(is_list(kind) for is_list in _LIST_CHECKS):
         depth += 1
         kind = kind.value_type
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    return depth if is_number and depth <= 2 else 0
+    return depth, kind
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _numbers(values: pa.Array) -> np.ndarray:

@@ -1,48 +1,16 @@
-"""What every source of series must do. A new source adds one example below."""
+"""What every source of series must do. A new source adds one example to source_examples.py."""
 
 import pickle
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from source_examples import EXPECTED, FORMAT_EXAMPLES
+from source_examples import EXAMPLES, EXPECTED
 
 from data_pipeline.config import decode_corpus_config
 from data_pipeline.record import Drop, SeriesRecord
-from data_pipeline.sources import SOURCE_TYPES, CsvSource, HubSource, ParquetSource
-
-
-def csv_example(folder: Path) -> CsvSource:
-    rows = ["1,8", "2,7", ",6", "4,5"]
-    stamps = [f"2020-01-01 0{hour}:00" for hour in range(4)]
-    lines = [f"{stamp},{row}" for stamp, row in zip(stamps, rows, strict=True)]
-    (folder / "data.csv").write_text("\n".join(["date,a,b", *lines]) + "\n")
-    return CsvSource(path="data.csv")
-
-
-def parquet_example(folder: Path) -> ParquetSource:
-    pq.write_table(pa.table({"target": list(EXPECTED)}), folder / "data.parquet")
-    return ParquetSource(path="data.parquet")
-
-
-def hub_example(folder: Path) -> HubSource:
-    (folder / "copy").mkdir()
-    rows = {"item_id": ["Web_wiki_0", "Web_wiki_1"], "target": list(EXPECTED)}
-    pq.write_table(pa.table(rows), folder / "copy" / "data.parquet")
-    return HubSource(path="copy")
-
-
-EXAMPLES: dict[type, Callable[[Path], object]] = {
-    CsvSource: csv_example,
-    ParquetSource: parquet_example,
-    HubSource: hub_example,
-    **FORMAT_EXAMPLES,
-}
-
+from data_pipeline.sources import SOURCE_TYPES
 
 # Those that read files; the others make their series up.
 FILE_SOURCE_TYPES = [source for source in SOURCE_TYPES if "path" in source.__dataclass_fields__]

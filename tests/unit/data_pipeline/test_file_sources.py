@@ -200,3 +200,21 @@ def test_wide_source_refuses_what_a_forecast_may_take(tmp_path) -> None:
     np.testing.assert_array_equal(record.values, np.arange(47))
     assert record.start == dt.datetime(2021, 3, 26, 23)
     assert np.isnan(read_table(path).values_LC).sum() == 1
+
+
+@pytest.mark.parametrize("target", [[1.0, 2.0], [["a"], ["b"]], [[[[1.0]]], [[[2.0]]]]])
+def test_target_that_holds_no_lists_of_numbers_is_refused(tmp_path, target) -> None:
+    pq.write_table(pa.table({"target": target}), tmp_path / "kind.parquet")
+    with pytest.raises(DataError, match=r"kind\.parquet: column 'target' holds .*lists of numbers"):
+        ParquetSource(path=str(tmp_path / "kind.parquet"), layout="series").units()
+
+
+def test_broken_series_costs_itself_alone(tmp_path) -> None:
+    rows = {"target": [[1.0], None, [2.0]], "start": ["2020-01-01", "2020-01-01", "soon"]}
+    pq.write_table(pa.table(rows), tmp_path / "some.parquet")
+    found = list(ParquetSource(path=str(tmp_path / "some.parquet")).records())
+    assert [getattr(item, "reason", "kept") for item in found] == [
+        "kept",
+        "not_numeric",
+        "bad_timestamp",
+    ]

@@ -1,3 +1,4 @@
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline import table_file
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.table import Table, read_table
 from data_pipeline.tiny import EVALUATION_TABLE
@@ -233,3 +235,77 @@ def test_parquet_types_are_understood(tmp_path) -> None:
     nan = np.nan
     expected = np.array([[1, 1, 0.5], [nan, 0, 1.5], [3, nan, nan]], np.float32)
     np.testing.assert_array_equal(table.values_LC, expected)
+
+
+def test_times_in_words_are_understood_and_none_without_a_year(read_csv, tmp_path) -> None:
+    table = read_csv("date,a", "1 Jan 2020,1", "2 Jan 2020,2", "4 Jan 2020,3")
+    assert stamps(table)[::3] == ["2020-01-01T00:00", "2020-01-04T00:00"]
+    with pytest.raises(DataError, match=r"column 'time': '1 Jan' is not a time with a year"):
+        read_csv("time,a", "1 Jan,1", "2 Jan,2")
+    path = tmp_path / "clock.parquet"
+    pq.write_table(pa.table({"time": ["10:30", "10:31"], "a": [1.0, 2.0]}), path)
+    with pytest.raises(DataError, match=r"column 'time': '10:30' is not a time with a year"):
+        read_table(path)
+
+
+def test_zones_are_not_mixed(read_csv) -> None:
+    with pytest.raises(DataError, match=r"row 2: '2020-01-01 01:00' is not a time"):
+        read_csv("date,a", "2020-01-01 00:00+01:00,1", "2020-01-01 01:00,2")
+    with pytest.raises(DataError, match=r"row 2: '1 Jan 2020 01:00Z' is not a time"):
+        read_csv("date,a", "1 Jan 2020 00:00,1", "1 Jan 2020 01:00Z,2")
+
+
+def test_local_times_are_read_in_their_zone(read_csv) -> None:
+    lines = ("date,a", "2021-03-28 01:00,1", "2021-03-28 03:00,2", "2021-03-28 04:00,3")
+    assert np.isnan(read_csv(*lines).values_LC).sum() == 1
+    table = read_csv(*lines, time_zone="Europe/Berlin")
+    assert stamps(table) == ["2021-03-28T00:00", "2021-03-28T01:00", "2021-03-28T02:00"]
+    with pytest.raises(ConfigError, match=r"time_zone: .*'date' has times with a zone"):
+        read_csv("date,a", "2021-03-28 01:00Z,1", time_zone="Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("when,température\n1,2\n".encode("latin-1"), ["header is not UTF-8", "column 2"]),
+        ("a,b\n1,2\n".encode("utf-16"), ["header is not UTF-8", "column 1"]),
+        ("a,b\n1,Köln\n".encode("latin-1"), ["column 'b', row 1", r"b'K\xf6ln' is not UTF-8"]),
+        (b"a,b\n1,2\n3\n", ["Expected 2 columns, got 1"]),
+        (b"," * 200_000, ["200001 columns or more", "at most 100000", "turn it round"]),
+        (b"a" * (9 * 2**20), ["header is longer than"]),
+    ],
+)
+def test_what_is_no_csv_is_told(tmp_path, content, words) -> None:
+    (tmp_path / "flow.csv").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_table(tmp_path / "flow.csv")
+    for word in (str(tmp_path / "flow.csv"), *words):
+        assert word in str(caught.value)
+
+
+def test_ten_million_columns_are_refused_without_reading_them(tmp_path) -> None:
+    (tmp_path / "flow.csv").write_bytes(b"variate," * 10_000_000 + b"last\n1\n")  # 80 MB
+    tracemalloc.start()
+    try:
+        before = pa.total_allocated_bytes()
+        with pytest.raises(DataError, match="columns or more, at most 100000"):
+            read_table(tmp_path / "flow.csv")
+        peak = tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - before
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * 2**20
+
+
+def test_parquet_with_too_many_columns_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(table_file, "MAX_COLUMNS", 3)
+    pq.write_table(pa.table({name: [1.0] for name in "abcd"}), tmp_path / "wide.parquet")
+    with pytest.raises(DataError, match=r"wide\.parquet: 4 columns or more, at most 3"):
+        read_table(tmp_path / "wide.parquet")
+
+
+def test_rows_longer_than_a_block_are_read(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(table_file, "_BLOCK_BYTES", 64)
+    names = ",".join("abcdefghijklmnopqrst")
+    row = ",".join(["0.1234567890123456"] * 20)
+    (tmp_path / "flow.csv").write_text("\n".join([names, row, row, row]) + "\n")
+    assert read_table(tmp_path / "flow.csv").values_LC.shape == (3, 20)
