@@ -16,7 +16,7 @@ TIME_NAMES = ("date", "datetime", "timestamp", "time", "ds")
 
 _EPOCH_UNITS = ((1e8, "s"), (1e11, "ms"), (1e14, "us"), (1e17, "ns"))
 """Smallest whole number taken for an epoch in each unit: from March 1973 on in all of them."""
-_ZONE = r":\d\d(\.\d+)?\s*(Z|UTC|GMT|[+-]\d\d(:?\d\d)?)\s*$"
+_ZONE = r":\d\d(\.\d+)?\s*([AaPp][Mm])?\s*(Z|UTC|GMT|[+-]\d\d(:?\d\d)?)\s*$"
 _DAY_FIRST = r"^\s*(1[3-9]|[2-9]\d)[/.\-]"
 """A first number above 12 is a day: 31/12/2020, and not 12/31/2020."""
 

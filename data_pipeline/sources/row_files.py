@@ -68,7 +68,7 @@ class ParquetRows:
         self.path = path
         with open_parquet(path) as file, parquet_errors(path):
             self.columns = tuple(file.schema_arrow.names)
-            _check_target(file.schema_arrow, path)
+            _check_columns(file.schema_arrow, path)
             groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             self._groups = [
                 _RowGroup(num_rows=group.num_rows, size_bytes=group.total_byte_size)
@@ -154,7 +154,7 @@ class ArrowRows:
         self.path = path
         with self._errors(), self._reader() as reader:
             self.columns = tuple(reader.schema.names)
-            _check_target(reader.schema, path)
+            _check_columns(reader.schema, path)
 
     def units(self) -> tuple[Unit, ...]:
         """Take the file as one part: where its batches begin is known only once they are read."""
@@ -229,7 +229,10 @@ def _named_errors(path: Path, form: str) -> Iterator[None]:
         ) from error
 
 
-def _check_target(schema: pa.Schema, path: Path) -> None:
+def _check_columns(schema: pa.Schema, path: Path) -> None:
+    for name in ROW_COLUMNS:
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path}: column {name!r} stands twice; rename one")
     if TARGET not in schema.names:
         raise missing_target(str(path), schema.names)
     kind = schema.field(TARGET).type

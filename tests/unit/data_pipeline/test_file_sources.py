@@ -1,4 +1,5 @@
 import datetime as dt
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -218,3 +219,39 @@ def test_broken_series_costs_itself_alone(tmp_path) -> None:
         "not_numeric",
         "bad_timestamp",
     ]
+
+
+def test_counts_of_rows_in_the_footer_must_agree(tmp_path) -> None:
+    path = tmp_path / "count.parquet"
+    pq.write_table(pa.table({"target": [[float(row)] for row in range(300)]}), path)
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    three, one = b"\xd8\x04", b"\xc8\x01"  # 300 and 100 as Thrift writes them
+    places = [at for at in range(footer, len(whole)) if whole[at : at + 2] == three]
+    assert len(places) >= 3  # of the file, of the row group, of its column
+    refused = 0
+    for place in places:
+        path.write_bytes(whole[:place] + one + whole[place + 2 :])
+        found = None
+        with suppress(DataError):
+            found = len(list(ParquetSource(path=str(path)).records()))
+        assert found in (None, 300)
+        refused += found is None
+    assert refused >= 2
+
+
+def test_column_that_stands_twice_is_refused(tmp_path) -> None:
+    table = pa.table([pa.array([[1.0]])] + [pa.array(["a"])] * 2, ["target", "freq", "freq"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet: column 'freq' stands twice"):
+        ParquetSource(path=str(tmp_path / "twice.parquet")).units()
+
+
+def test_wide_source_refuses_a_step_that_changes(tmp_path) -> None:
+    hours = np.arange(96).astype("datetime64[h]")
+    days = np.datetime64("1970-01-05", "D") + np.arange(9)
+    times = [*map(str, hours), *(f"{day}T00" for day in days)]
+    path = tmp_path / "steps.csv"
+    path.write_text("date,a\n" + "".join(f"{time}:00,1\n" for time in times))
+    with pytest.raises(DataError, match=r"steps\.csv, column 'date', row 97: .* 1 day"):
+        list(CsvSource(path=str(path)).records())

@@ -187,6 +187,35 @@ def test_local_files_of_two_kinds_are_refused(tmp_path) -> None:
         HubSource(path=str(tmp_path)).units()
 
 
+def test_stream_that_lost_its_last_batch_is_refused(tmp_path) -> None:
+    lengths = []
+    for count in (1, 2):
+        batch = pa.record_batch({"target": [[1.0]]})
+        with pa.ipc.new_stream(str(tmp_path / "data.arrow"), batch.schema) as writer:
+            for _ in range(count):
+                writer.write_batch(batch)
+        lengths.append((tmp_path / "data.arrow").stat().st_size)
+    with (tmp_path / "data.arrow").open("r+b") as file:
+        file.truncate(lengths[0] - 8)  # the first batch is whole, and nothing follows
+    assert pa.ipc.open_stream(str(tmp_path / "data.arrow")).read_all().num_rows == 1
+    with pytest.raises(DataError, match=r"data\.arrow: ends without the mark"):
+        HubSource(path=str(tmp_path)).units()
+
+
+@pytest.mark.parametrize("middle", [1000, -1])
+def test_offsets_beside_the_values_are_refused(tmp_path, middle) -> None:
+    offsets = pa.py_buffer(np.array([0, middle, 4], np.int32))
+    kind = pa.list_(pa.float32())
+    target = pa.Array.from_buffers(
+        kind, 2, [None, offsets], children=[pa.array([1, 2, 3, 4], pa.float32())]
+    )
+    table = pa.table({"target": target})
+    with pa.ipc.new_file(str(tmp_path / "data.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=r"data\.arrow: cannot be read as Arrow .*[Oo]ffset"):
+        list(HubSource(path=str(tmp_path)).records())
+
+
 def test_mapped_file_is_not_copied_to_memory(tmp_path) -> None:
     values = np.random.default_rng(0).normal(size=(1024, 4096)).astype(np.float32)  # 16 MiB
     table = pa.table({"target": list(values)})

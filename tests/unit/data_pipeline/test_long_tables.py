@@ -139,6 +139,11 @@ def test_one_series_longer_than_the_first_rows_is_long(tmp_path) -> None:
             "irregular_times", "02:17:00 does not fall on the grid",
         ),
         (
+            [f"B,2020-01-01 {h:02d}:00,1" for h in range(20)]
+            + [f"B,2020-01-{d:02d} {h:02d}:00,1" for d in (2, 3) for h in range(0, 24, 4)],
+            "irregular_times", "11 rows follow one another by 4:00:00",
+        ),
+        (
             [f"B,2021-03-28 {h:02d}:00,1" for h in range(24) if h != 2],
             "clock_change", "03:00:00 follows 2021-03-28 01:00:00",
         ),

@@ -251,8 +251,9 @@ def test_times_in_words_are_understood_and_none_without_a_year(read_csv, tmp_pat
 def test_zones_are_not_mixed(read_csv) -> None:
     with pytest.raises(DataError, match=r"row 2: '2020-01-01 01:00' is not a time"):
         read_csv("date,a", "2020-01-01 00:00+01:00,1", "2020-01-01 01:00,2")
-    with pytest.raises(DataError, match=r"row 2: '1 Jan 2020 01:00Z' is not a time"):
-        read_csv("date,a", "1 Jan 2020 00:00,1", "1 Jan 2020 01:00Z,2")
+    # Of these, pandas guesses no format that would tell them apart.
+    with pytest.raises(DataError, match=r"row 2: '2020-01-01 02:00 PM\+01:00' is not a time"):
+        read_csv("date,a", "2020-01-01 01:00 PM,1", "2020-01-01 02:00 PM+01:00,2")
 
 
 def test_local_times_are_read_in_their_zone(read_csv) -> None:
