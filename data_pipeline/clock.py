@@ -10,6 +10,7 @@ from datetime import timedelta
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.grid import most_common
 
 CLOCK_ADVICE = "where clocks change, write the times in UTC or with their offset"
 
@@ -72,7 +73,7 @@ def check_clock(stamps: np.ndarray, where: str) -> None:
     if len(stamps) < 3:
         return
     differences = np.diff(stamps)
-    step = _most_common(differences)
+    step = most_common(differences)
     before = np.flatnonzero(differences != step)
     if step > _HOUR or not before.size:
         return
@@ -125,8 +126,3 @@ def _set_forward(stamps: np.ndarray) -> np.ndarray:
         for zone in _ZONES_OF_RULES
     ]
     return np.any(lacking, axis=0)
-
-
-def _most_common(differences: np.ndarray) -> np.timedelta64:
-    lengths, counts = np.unique(differences, return_counts=True)
-    return lengths[np.argmax(counts)]

@@ -43,7 +43,7 @@ def find_grid(stamps: np.ndarray, where: str) -> Grid:
     """
     if len(stamps) == 1:
         return Grid(freq=None, stamps=stamps, places=np.zeros(1, np.int64))
-    step = _most_common(np.diff(stamps))
+    step = most_common(np.diff(stamps))
     grid = _calendar_grid(stamps, step)
     return grid if grid is not None else _fixed_grid(stamps, step, where)
 
@@ -58,7 +58,8 @@ def continue_grid(last: np.datetime64, freq: str, steps: int) -> np.ndarray:
     return stamps.to_numpy().astype("datetime64[us]") + shift
 
 
-def _most_common(differences: np.ndarray) -> np.timedelta64:
+def most_common(differences: np.ndarray) -> np.timedelta64:
+    """Return the most common of some steps, the shortest of several."""
     lengths, counts = np.unique(differences, return_counts=True)
     return lengths[np.argmax(counts)]
 

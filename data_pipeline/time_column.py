@@ -37,7 +37,7 @@ def pick_time_column(
     """
     if time_column is not None:
         column = table.column(time_column)
-        if not (_is_date(column.type) or _is_text(column.type) or _epoch_unit(column)):
+        if not (_is_date(column.type) or is_text(column.type) or _epoch_unit(column)):
             raise DataError(
                 f"{path}, column {time_column!r}: {column.type} values such as "
                 f"{column[0].as_py()} are not times; choose another time column"
@@ -53,11 +53,11 @@ def pick_time_column(
     )
     for name in usual:
         column = table.column(name)
-        if _is_text(column.type) or _epoch_unit(column):
+        if is_text(column.type) or _epoch_unit(column):
             return name
     if names and names[0] == table.column_names[0]:
         column = table.column(0)
-        if _is_text(column.type) and _parses(column[0].as_py()):
+        if is_text(column.type) and _parses(column[0].as_py()):
             return names[0]
     return None
 
@@ -215,7 +215,8 @@ def _is_date(kind: pa.DataType) -> bool:
     return pa.types.is_timestamp(kind) or pa.types.is_date(kind)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Tell whether a column holds text, dictionary encoded or not."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)

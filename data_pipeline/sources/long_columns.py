@@ -9,7 +9,7 @@ import pyarrow as pa
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.table import first_text, is_numeric
 from data_pipeline.table_batches import TableBatches
-from data_pipeline.time_column import parse_times, pick_time_column
+from data_pipeline.time_column import is_text, parse_times, pick_time_column
 
 ID_NAMES = ("item_id", "unique_id", "series", "series_id", "entity", "id")
 """What the column that names series is usually called, best first; case does not matter."""
@@ -92,7 +92,7 @@ def _usual_ids(head: pa.Table, chosen: Sequence[str], *, takes_any_type: bool) -
         name
         for name in head.column_names
         if name.lower() in ID_NAMES and name not in chosen
-        if takes_any_type or _is_text(head.schema.field(name).type)
+        if takes_any_type or is_text(head.schema.field(name).type)
     ]
     return sorted(found, key=lambda name: ID_NAMES.index(name.lower()))[:1]
 
@@ -141,9 +141,3 @@ def _wide_enough(kind: pa.DataType, *, is_time: bool) -> pa.DataType:
         return kind
     is_whole_or_empty = pa.types.is_integer(kind) or pa.types.is_null(kind)
     return pa.float64() if is_whole_or_empty else kind
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
