@@ -94,8 +94,8 @@ class Sketch:
 
     def __init__(self, path: Path) -> None:
         try:
-            words: Words = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            words: Words = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError) as error:
             raise DataError(
                 f"{path}: the sketches cannot be read ({error}); build again"
             ) from error
