@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsmoe.commands import data_report
+from tsmoe.commands import data_audit, data_report
 from tsmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         actions, "report", "a page of what was kept and dropped", data_report.run_report
     )
     data_report.add_arguments(report)
+    audit = actions.add_parser("audit", help="is anything of evaluation tables in it")
+    data_audit.add_arguments(audit)
+    audit.set_defaults(run=data_audit.run_audit)
     for action in (status, inspect, verify, stats):
         action.add_argument("path", metavar="PATH", help="folder or URL of the corpus")
 
