@@ -203,7 +203,8 @@ def uneven_steps(configs: list[RunConfig]) -> list[dict[str, tuple[float, float]
 
 
 def part(batch: WindowBatch, windows: slice) -> WindowBatch:
-    return WindowBatch(**{name: tensor[windows] for name, tensor in vars(batch).items()})
+    fields = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
+    return WindowBatch(**{name: tensor[windows] for name, tensor in fields.items()})
 
 
 def test_ranks_with_unequal_batches_weigh_by_points(corpus) -> None:

@@ -158,8 +158,8 @@ def _train(
                 done = step + 1
                 windows_seen = first_window + (done - first_step) * training.global_batch_size
                 if step % training.log_every_steps == 0:
-                    since = min(training.log_every_steps, done - first_step)
-                    begun_at = windows_seen - since * training.global_batch_size
+                    since = training.log_every_steps * training.global_batch_size
+                    begun_at = max(0, windows_seen - since)
                     record.mixed(step, data.training.source_shares(begun_at, windows_seen))
                 is_stopping, is_any_rank_writing = (count > 0 for count in report.flags)
                 is_last = is_stopping or done == training.steps
