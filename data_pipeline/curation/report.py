@@ -42,6 +42,7 @@ th {{ position: sticky; top: 0; background: #fff; }}
 th:first-child, td:first-child, td.text {{ text-align: left; }}
 .grid {{ display: flex; flex-wrap: wrap; gap: 1em; }}
 .grid img {{ width: 30em; max-width: 100%; }}
+.wide {{ overflow-x: auto; }}
 .example {{ width: 14em; font-size: 12px; overflow-wrap: anywhere; }}
 .example svg {{ width: 100%; background: #f7f7f7; }}
 .dropped {{ color: {DROPPED_COLOUR}; }}
@@ -237,7 +238,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+    return f"<div class=\"wide\"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
 
 
 def _image(url: str, text: str) -> str:
