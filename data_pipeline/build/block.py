@@ -138,8 +138,7 @@ def _write(
     sketches = SketchWriter(anchors=config.duplicates.similar)
     with SeriesTable(scratch / TABLE_FILE) as table:
         for record, licence in _series_that_stay(config, block, table, tally):
-            is_held = is_held_out(record.source, record.item_id, config.held_out_fraction)
-            writer.add(record, is_held_out=is_held)
+            writer.add(record, is_held_out=_is_held_out(config, record))
             sketches.add(record.values)
             tally.keep(record, licence)
             progress.advance(record.source, len(record.values))
@@ -178,11 +177,16 @@ def _series_that_stay(
                 drop(item)
             elif judge(item):
                 yield item, source.licence
-                if mixer is not None:
+                # Mixtures are trained on, so nothing of a series that is held out may be in one.
+                if mixer is not None and not _is_held_out(config, item):
                     mixer.add(item)
     for record in mixer.mixed() if mixer is not None else ():
         if judge(record):
             yield record, None
+
+
+def _is_held_out(config: CorpusConfig, record: SeriesRecord) -> bool:
+    return is_held_out(record.source, record.item_id, config.held_out_fraction)
 
 
 def _describe(path: Path) -> BlockFile:

@@ -12,6 +12,9 @@ from data_pipeline.config import load_corpus_config
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.shards import Corpus
 from data_pipeline.shards.verify import verify_corpus
+from data_pipeline.steps.clean import CleanConfig
+from data_pipeline.steps.mixup import SOURCE, MixupConfig
+from data_pipeline.steps.split import is_held_out
 
 UNITS = (4096,) * 8
 
@@ -201,3 +204,26 @@ def test_held_out_series_are_listed_and_never_train(listed_config, random_record
     held_names = {corpus.item_id(int(index)) for index in np.flatnonzero(is_held)}
     half_names = {half.item_id(int(index)) for index in np.flatnonzero(half.train_lengths == 0)}
     assert half_names == {name for name in held_names if int(name[1:]) < 20}
+
+
+def test_mixtures_hold_nothing_of_series_that_are_held_out(
+    listed_config, make_record, tmp_path
+) -> None:
+    records = []
+    for index, values in enumerate(np.random.default_rng(0).normal(5.0, size=(40, 300))):
+        name = f"s{index}"
+        if is_held_out("plant", name, 0.5):
+            values[::9] = np.nan  # gaps go through the mixing, so they show what was mixed
+        records.append(make_record(values, item_id=name))
+    config = listed_config(
+        records,
+        held_out_fraction=0.5,
+        mixup=MixupConfig(share=1.0, min_length=32, max_length=64),
+        clean=CleanConfig(max_missing_fraction=1.0, max_gap_fraction=None),
+    )
+    build_corpus(config, tmp_path / "out")
+    corpus = Corpus.open(tmp_path / "out")
+    everything = [corpus.record(index) for index in range(corpus.num_series)]
+    mixtures = [record for record in everything if record.source == SOURCE]
+    assert len(mixtures) >= 10
+    assert not any(np.isnan(record.values).any() for record in mixtures)
