@@ -163,6 +163,12 @@ class TrainingBatches:
             batch = replace(batch, observed_BCL=seen_BCL)
         return batch
 
+    def prepare(self, item: int) -> None:
+        """Get ready, between items, for what comes long after an item."""
+        self._plan.prepare(item)
+        if self.mixup_share > 0:
+            self._partners.prepare(item)
+
     def _cut(self, windows: PlacedWindows) -> WindowBatch:
         """Cut windows out of the corpus, C = 1."""
         if self._packs is not None and self._packs.has_pack(windows.series):
@@ -282,4 +288,5 @@ def load_training(
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
         what=str(batches.corpus.path),
+        prepare=batches.prepare,
     )

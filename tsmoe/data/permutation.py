@@ -59,6 +59,21 @@ def permute(values: Integers, sizes: Integers, keys: Keys) -> Integers:
     return result.view(np.int64)
 
 
+def permute_all(half_bits: int, key: np.uint64) -> Integers:
+    """Return what `permute` maps each of 0..4**half_bits-1 to, of all of them and one key.
+
+    A half has so few values that what a round does with each is looked up in a table.
+    """
+    halves = np.arange(1 << half_bits, dtype=np.uint64)
+    places: Keys = np.arange(1 << 2 * half_bits, dtype=np.uint64)
+    left = (places >> np.uint64(half_bits)).astype(np.uint16)
+    right = (places & halves[-1]).astype(np.uint16)
+    for turn in range(_ROUNDS):
+        table = (_scatter(halves + key + np.uint64(turn << 32)) & halves[-1]).astype(np.uint16)
+        left, right = right, left ^ table.take(right)
+    return (left.astype(np.int64) << half_bits) | right
+
+
 def _feistel(values: Keys, half_bits: Keys, keys: Keys) -> Keys:
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask

@@ -16,10 +16,10 @@ from tsmoe.data.permutation import Integers
 from tsmoe.data.windows import WindowIndex
 from tsmoe.ranks import Ranks
 
-# Windows drawn at a time: a few milliseconds of work.
-_WINDOWS_AT_A_TIME = 32768
-# Workers are at most a few batches apart, so they are in at most two neighbouring stretches.
-_STRETCHES_KEPT = 2
+# Windows drawn at a time: some five milliseconds of work.
+_WINDOWS_AT_A_TIME = 65536
+# The one at hand, that of a worker that is a few batches behind, and one that is prepared.
+_STRETCHES_KEPT = 3
 
 
 class WindowPlan:
@@ -53,14 +53,35 @@ class WindowPlan:
     def __getitem__(self, item: int) -> tuple[Integers, PlacedWindows]:
         """Return the positions in the order of the run of a micro-batch's windows, and them."""
         number, place = divmod(item, self._batches_at_a_time)
-        with self._lock:
-            if number not in self._stretches:
-                while len(self._stretches) >= _STRETCHES_KEPT:
-                    del self._stretches[next(iter(self._stretches))]
-                self._stretches[number] = self._draw(number)
-            positions, windows = self._stretches[number]
+        stretch = self._stretches.get(number)
+        if stretch is None:
+            with self._lock:
+                stretch = self._stretch(number)
+        positions, windows = stretch
         part = slice(place * self._micro_batch_size, (place + 1) * self._micro_batch_size)
         return positions[part], windows.part(part)
+
+    def prepare(self, item: int) -> None:
+        """Draw what comes after the stretch of an item, once half of the stretch is through.
+
+        Called between items by one of several workers, so that the others never wait for it.
+        """
+        number, place = divmod(item, self._batches_at_a_time)
+        is_due = place >= self._batches_at_a_time // 2 and number + 1 not in self._stretches
+        if is_due and self._lock.acquire(blocking=False):
+            try:
+                self._stretch(number + 1)
+            finally:
+                self._lock.release()
+
+    def _stretch(self, number: int) -> tuple[Integers, PlacedWindows]:
+        """Return a stretch, drawing it if need be; under the lock."""
+        if number not in self._stretches:
+            drawn = self._draw(number)
+            while len(self._stretches) >= _STRETCHES_KEPT:
+                del self._stretches[next(iter(self._stretches))]
+            self._stretches[number] = drawn
+        return self._stretches[number]
 
     def _draw(self, number: int) -> tuple[Integers, PlacedWindows]:
         items = np.arange(self._batches_at_a_time) + number * self._batches_at_a_time

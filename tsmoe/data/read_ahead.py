@@ -44,6 +44,7 @@ class ReadAhead(Generic[T]):
         num_workers: int,
         timeout_seconds: float,
         what: str,
+        prepare: Callable[[int], None] | None = None,
     ) -> None:
         """Take note of what to make.
 
@@ -53,12 +54,15 @@ class ReadAhead(Generic[T]):
             num_workers: threads; with 0 each item is made when it is asked for.
             timeout_seconds: how long the consumer waits for an item.
             what: names the data in an error.
+            prepare: called by a worker when it has handed over an item, with its number, for what
+                later items need; what fails there must fail again where it is needed.
         """
         self._make = make
         self._num_items = num_items
         self._num_workers = num_workers
         self._timeout_seconds = timeout_seconds
         self._what = what
+        self._prepare = prepare
         self._next = 0
         self._num_asked = 0
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -115,7 +119,7 @@ class ReadAhead(Generic[T]):
         workers = [
             threading.Thread(
                 target=_work,
-                args=(self._make, self._wanted, self._made, is_ready),
+                args=(self._make, self._prepare, self._wanted, self._made, is_ready),
                 name=f"read-ahead-{number}",
                 daemon=True,
             )
@@ -139,6 +143,7 @@ class _Made:
 
 def _work(
     make: Callable[[int], object],
+    prepare: Callable[[int], None] | None,
     wanted: queue.SimpleQueue[int | None],
     made: queue.SimpleQueue[_Made],
     is_ready: threading.Barrier,
@@ -154,6 +159,9 @@ def _work(
             made.put(_Made(number, make(number)))
         except BaseException as error:  # whatever it is, the consumer must hear of it
             made.put(_Made(number, error=error))
+        if prepare is not None:
+            with contextlib.suppress(Exception):  # comes again where it is needed
+                prepare(number)
 
 
 def _end(wanted: queue.SimpleQueue[int | None], workers: list[threading.Thread]) -> None:

@@ -81,6 +81,21 @@ def test_worker_that_hangs_ends_the_run_with_an_error(monkeypatch) -> None:
     hangs.set()
 
 
+def test_what_later_items_need_is_prepared_after_an_item_is_handed_over() -> None:
+    events: list[tuple[str, int]] = []
+
+    def prepare(number: int) -> None:
+        events.append(("prepared", number))
+        raise DataError("comes again where it is needed")
+
+    items = ReadAhead(
+        lambda number: events.append(("made", number)), num_items=5, num_workers=1,
+        timeout_seconds=30, what="", prepare=prepare,
+    )  # fmt: skip
+    assert len(list(items)) == 5
+    assert events == [(what, number) for number in range(5) for what in ("made", "prepared")]
+
+
 def test_workers_end_when_the_iterator_is_forgotten() -> None:
     items = read(slowly, 1000, 2)
     next(items)

@@ -63,6 +63,22 @@ def test_windows_are_numbered_by_source(make_corpus) -> None:
     assert index.num_windows == index.counts.sum() == len(all_windows(index))
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {"a": [60]},
+        {"a": [20] * 60, "b": [2000], "c": [20] * 90 + [300]},  # rows crowd beside a long series
+        {"a": [2000] + [20] * 200},
+        {"a": [500, 20, 20, 500]},
+    ],
+)
+def test_rows_are_found_as_by_a_search(make_corpus, lengths: dict) -> None:
+    index = training(make_corpus(lengths))
+    windows = np.arange(index.num_windows)
+    expected = np.searchsorted(index.first_window, windows, side="right") - 1
+    assert index._rows(windows).tolist() == expected.tolist()
+
+
 def test_number_of_windows_by_hand(make_corpus) -> None:
     # 40 points, 30 of them train: starts 0, 5 and, for the tail, 6.
     index = training(make_corpus({"a": [40]}), stride=5)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tsmoe.data.order import DECK_SIZE, WindowOrder, apportion, temperature_weights
-from tsmoe.data.permutation import order_key, permute, uniform
+from tsmoe.data.permutation import order_key, permute, permute_all, uniform
 
 KEY = order_key("fingerprint", 0)
 
@@ -38,6 +38,15 @@ def test_permutation_is_one_to_one(size: int, key: int) -> None:
     keys = np.full(size, key, dtype=np.uint64)
     permuted = permute(values, np.full_like(values, size), keys)
     assert np.array_equal(np.sort(permuted), values)
+
+
+@pytest.mark.parametrize("half_bits", [1, 3, 8])
+@pytest.mark.parametrize("key", [0, 2**64 - 1])
+def test_permutation_by_tables_is_the_same(half_bits: int, key: int) -> None:
+    values = np.arange(4**half_bits, dtype=np.int64)
+    keys = np.full(len(values), key, dtype=np.uint64)
+    expected = permute(values, np.full_like(values, len(values)), keys)
+    assert permute_all(half_bits, np.uint64(key)).tolist() == expected.tolist()
 
 
 def test_permutation_maps_each_value_by_its_own_size_and_key() -> None:
