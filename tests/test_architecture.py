@@ -41,7 +41,7 @@ BANS = (
         package="tsmoe",
         names=("data_pipeline",),
         but_in="commands",
-        but_from=("record", "shards", "table", "errors"),
+        but_from=("record", "shards", "table", "errors", "sources.rows", "steps.split"),
     ),
 )
 

@@ -53,6 +53,9 @@ class CheckpointMeta:
     config: dict[str, Any]
     """The resolved run configuration."""
     corpus_fingerprint: str
+    stream: list[dict[str, Any]] | None = None
+    """Where each rank stands in a streamed data set; None for a corpus, whose order is a function
+    of `windows_seen`."""
     files: tuple[FileRecord, ...] = ()
     format_version: int = FORMAT_VERSION
 

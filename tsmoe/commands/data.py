@@ -111,11 +111,12 @@ def run_status(args: argparse.Namespace) -> int:
     from data_pipeline.build import build_state
     from data_pipeline.shards import Manifest
 
-    state = build_state(args.path)
-    if state is not None:
+    unfinished = build_state(args.path)
+    if unfinished is not None:
+        built, total = unfinished
         raise DataError(
-            f"{args.path}: the build has not finished, {state[0]} of {state[1]} blocks are built; "
-            f"run the same `tsmoe data build` again, it goes on from there"
+            f"{args.path}: the build has not finished, {built} of {total} blocks are built; run "
+            f"the same `tsmoe data build` again, it goes on from there"
         )
     manifest = Manifest.read(args.path)
     problems = manifest.check_sizes(args.path)

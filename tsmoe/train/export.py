@@ -47,7 +47,10 @@ def _card(model: TimeTracker, meta: CheckpointMeta, folder: Path) -> dict[str, A
         "parameters": _count(model),
         "context_length": config["model"]["context_length"],
         "patch_length": config["model"]["patch_length"],
-        "training_data": {"corpus": config["corpus"], "fingerprint": meta.corpus_fingerprint},
+        "training_data": {
+            "corpus": config["corpus"] if meta.stream is None else config["stream"],
+            "fingerprint": meta.corpus_fingerprint,
+        },
         "metrics": _last_metrics(folder.parent.parent / "metrics.jsonl", steps),
         "training": {section: config[section] for section in _CARD_SECTIONS},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},

@@ -12,15 +12,14 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from data_pipeline.shards.reader import Corpus
-from data_pipeline.shards.verify import verify_changed
 from tsmoe import ranks as ranks_module
 from tsmoe.batch import WindowBatch
 from tsmoe.checkpoint.elastic import StateReader
@@ -28,14 +27,12 @@ from tsmoe.checkpoint.layout import CheckpointMeta, write_text
 from tsmoe.checkpoint.resume import check_same_model, newest_checkpoint
 from tsmoe.checkpoint.saver import CheckpointSaver
 from tsmoe.config import encode
-from tsmoe.data.loader import TrainingBatches, ValidationBatches, load_training
-from tsmoe.data.pack_gather import PackGather
-from tsmoe.data.patch_mask import PatchMask
-from tsmoe.data.windows import training_windows, validation_windows
+from tsmoe.data.stream import Streamed
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
-from tsmoe.errors import CheckpointError, DataError, TrainingError
+from tsmoe.errors import CheckpointError, TrainingError
 from tsmoe.ranks import Ranks
+from tsmoe.train.open_data import RunData, check_stream, open_data, open_source
 from tsmoe.train.order_check import check_same_order
 from tsmoe.train.record import RunRecord
 from tsmoe.train.run_config import RunConfig
@@ -55,13 +52,6 @@ class Outcome(Enum):
 
     DONE = "done"
     STOPPED = "stopped on request after saving"
-
-
-@dataclass(frozen=True)
-class _Data:
-    corpus: Corpus
-    training: TrainingBatches
-    validation: list[WindowBatch]
 
 
 def pretrain(config: RunConfig) -> Outcome:
@@ -87,10 +77,8 @@ def pretrain(config: RunConfig) -> Outcome:
 def _pretrain(config: RunConfig, ranks: Ranks) -> Outcome:
     """Open the corpus, go on from the newest checkpoint if there is one, and train."""
     run = Path(config.run)
-    corpus = Corpus.open(config.corpus)
-    if config.data.verifies_corpus:
-        _verify(corpus, ranks)
-    found = _find_checkpoint(config, corpus, ranks)
+    source = open_source(config, ranks)
+    found = _find_checkpoint(config, source, ranks)
     engine = build_engine(config, ranks, prepare=prepare_pretraining)
     first_step, first_window = 0, 0
     if found is not None:
@@ -109,7 +97,13 @@ def _pretrain(config: RunConfig, ranks: Ranks) -> Outcome:
             (run / REQUEUE_MARKER).unlink(missing_ok=True)
             write_text(run / DONE_MARKER, f"{first_step}\n")
         return Outcome.DONE
-    data = _open_data(config, corpus, ranks, first_window)
+    data = open_data(
+        config,
+        source,
+        ranks,
+        first_window=first_window,
+        positions=None if found is None else found[1].stream,
+    )
     if ranks.is_first:
         run.mkdir(parents=True, exist_ok=True)
         for marker in (DONE_MARKER, REQUEUE_MARKER):
@@ -119,17 +113,12 @@ def _pretrain(config: RunConfig, ranks: Ranks) -> Outcome:
 
 
 def _train(
-    config: RunConfig, engine: Engine, data: _Data, first_step: int, first_window: int
+    config: RunConfig, engine: Engine, data: RunData, first_step: int, first_window: int
 ) -> Outcome:
     """Go through the remaining steps; save at intervals and at the end."""
     run, ranks, training = Path(config.run), engine.ranks, config.training
     passes = training.gradient_accumulation_steps(ranks.size)
-    batches = load_training(
-        data.training,
-        num_batches=(training.steps - first_step) * passes,
-        num_workers=config.data.num_workers,
-        timeout_seconds=training.timeout_seconds,
-    )
+    batches = data.load(config, num_batches=(training.steps - first_step) * passes)
     saver = CheckpointSaver(run / "checkpoints", config.checkpoint, ranks)
     record = RunRecord(
         run,
@@ -160,13 +149,15 @@ def _train(
                 if step % training.log_every_steps == 0:
                     since = training.log_every_steps * training.global_batch_size
                     begun_at = max(0, windows_seen - since)
-                    record.mixed(step, data.training.source_shares(begun_at, windows_seen))
+                    record.mixed(step, data.source_shares(begun_at, windows_seen))
                 is_stopping, is_any_rank_writing = (count > 0 for count in report.flags)
                 is_last = is_stopping or done == training.steps
                 if saver.is_pending and not is_any_rank_writing:
                     saver.finish()
                 if done % config.checkpoint.every_steps == 0 or is_last:
-                    saver.begin(_meta(config, data.corpus, done, windows_seen), engine.snapshot())
+                    positions = data.stream_positions((done - first_step) * passes, ranks)
+                    meta = _meta(config, data.corpus, done, windows_seen, positions)
+                    saver.begin(meta, engine.snapshot())
                 if done % training.validate_every_steps == 0 or done == training.steps:
                     record.validated(step, _validate(config, engine, data.validation))
                 if is_last:
@@ -183,7 +174,7 @@ def _train(
 def _step(
     config: RunConfig,
     engine: Engine,
-    corpus: Corpus,
+    corpus: Corpus | Streamed,
     micro_batches: list[WindowBatch],
     step: int,
     flags: tuple[bool, ...],
@@ -229,81 +220,24 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _open_data(config: RunConfig, corpus: Corpus, ranks: Ranks, first_window: int) -> _Data:
-    lengths = {
-        "window_length": config.model.window_length,
-        "patch_length": config.model.patch_length,
-    }
-    index = training_windows(corpus, stride=config.data.window_stride, **lengths)
-    if ranks.is_first and index.unusable_series:
-        logger.warning(
-            "%s: %d of %d series have no more than %d points before the split and are not used",
-            corpus.path, index.unusable_series, corpus.num_series, config.model.patch_length,
-        )  # fmt: skip
-    packs = None
-    if config.data.packs_short_series:
-        packs = PackGather(
-            corpus,
-            index,
-            seed=config.seed,
-            patch_length=config.model.patch_length,
-            patch_stride=config.model.patch_stride,
-            is_pinned=ranks.device.type == "cuda",
-        )
-        if ranks.is_first:
-            logger.info(
-                "%s: %d series shorter than a window share %d windows",
-                corpus.path, len(packs.packs.members), len(packs.packs.heads),
-            )  # fmt: skip
-    training = TrainingBatches(
-        corpus,
-        index,
-        config.data,
-        seed=config.seed,
-        packs=packs,
-        patch_mask=PatchMask(
-            context_length=config.model.context_length,
-            patch_length=config.model.patch_length,
-            lookahead_patches=config.model.lookahead_patches,
-        ),
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        ranks=ranks,
-        first_window=first_window,
-    )
-    if ranks.is_first and (problem := training.cache_problem()):
-        logger.warning("%s: %s", corpus.path, problem)
-    validation = ValidationBatches(
-        corpus,
-        validation_windows(corpus, **lengths),
-        max_windows=config.data.max_validation_windows,
-        resident_shards=config.data.resident_shards,
-        batch_size=config.training.micro_batch_size,
-        ranks=ranks,
-        packs=packs,
-    )
-    held = [validation[i].to(ranks.device) for i in range(len(validation))]
-    return _Data(corpus=corpus, training=training, validation=held)
-
-
-def _meta(config: RunConfig, corpus: Corpus, step: int, windows_seen: int) -> CheckpointMeta:
+def _meta(
+    config: RunConfig,
+    corpus: Corpus | Streamed,
+    step: int,
+    windows_seen: int,
+    positions: list[dict[str, Any]] | None,
+) -> CheckpointMeta:
     return CheckpointMeta(
         step=step,
         windows_seen=windows_seen,
         config=encode(config),
         corpus_fingerprint=corpus.fingerprint,
+        stream=positions,
     )
 
 
-def _verify(corpus: Corpus, ranks: Ranks) -> None:
-    """Let the first rank check the shards that have changed since, and tell the others."""
-    problems = ranks.gather(verify_changed(corpus) if ranks.is_first else [])[0]
-    if problems:
-        raise DataError(f"{corpus.path}: {'; '.join(problems)}; build or copy the corpus again")
-
-
 def _find_checkpoint(
-    config: RunConfig, corpus: Corpus, ranks: Ranks
+    config: RunConfig, corpus: Corpus | Streamed, ranks: Ranks
 ) -> tuple[Path, CheckpointMeta] | None:
     """Let the first rank look and check, and tell the others, so that all go on from the same."""
     outcome: tuple[Path, CheckpointMeta] | CheckpointError | None = None
@@ -311,6 +245,7 @@ def _find_checkpoint(
         try:
             outcome = newest_checkpoint(Path(config.run) / "checkpoints")
             if outcome is not None:
+                check_stream(config, ranks, *outcome)
                 _check_resumable(config, corpus, *outcome)
         except CheckpointError as error:
             outcome = error
@@ -320,7 +255,9 @@ def _find_checkpoint(
     return outcome
 
 
-def _check_resumable(config: RunConfig, corpus: Corpus, folder: Path, meta: CheckpointMeta) -> None:
+def _check_resumable(
+    config: RunConfig, corpus: Corpus | Streamed, folder: Path, meta: CheckpointMeta
+) -> None:
     check_same_model(meta, encode(config), folder)
     if meta.corpus_fingerprint != corpus.fingerprint:
         raise CheckpointError(

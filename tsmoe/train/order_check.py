@@ -32,6 +32,7 @@ def check_same_order(config: RunConfig, folder: Path, meta: CheckpointMeta) -> N
     found: list[tuple[str, Any, Any]] = [("seed", saved["seed"], wanted["seed"])]
     # A setting that is younger than the checkpoint had its default then.
     saved_data = encode(DataConfig()) | saved["data"]
+    found.append(("stream", saved.get("stream"), wanted["stream"]))
     found += [(f"data.{key}", saved_data[key], wanted["data"][key]) for key in _OF_ORDER]
     before, now = (_begun(data["curriculum"], meta.step) for data in (saved_data, wanted["data"]))
     found.append(("data.curriculum", before, now))

@@ -67,8 +67,8 @@ class RunRecord:
         self._progress.advanced(step + 1, loss=report.loss, points_per_second=points_per_second)
 
     def mixed(self, step: int, source_shares: Mapping[str, float]) -> None:
-        """Record in which shares the sources were seen up to a step."""
-        if self._writer is not None:
+        """Record in which shares the sources were seen up to a step, where that is known."""
+        if self._writer is not None and source_shares:
             self._writer.write_sources(step, source_shares)
 
     def validated(self, step: int, loss: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from tsmoe.checkpoint.saver import CheckpointConfig
 from tsmoe.config import Section, decode, merge_layers, parse_override, read_yaml
 from tsmoe.data.loader import DataConfig
+from tsmoe.data.stream_rows import StreamConfig
 from tsmoe.engine import EngineConfig, PlainEngineConfig
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
 from tsmoe.engine.optimizer import OptimizerConfig
@@ -64,14 +65,25 @@ class TrainingConfig(Section):
         return self.global_batch_size // (self.micro_batch_size * world_size)
 
 
+_OF_A_CORPUS = (
+    "source_weights",
+    "domain_caps",
+    "curriculum",
+    "packs_short_series",
+    "resident_shards",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     """Everything that a pretraining run is determined by."""
 
     run: str
     """Folder of the run."""
-    corpus: str
-    """Folder of the corpus, made by `tsmoe data build`."""
+    corpus: str | None = None
+    """Folder or URL of the corpus, made by `tsmoe data build`."""
+    stream: StreamConfig | None = None
+    """Train on a data set of the hub as it comes; then `corpus` is not read, whoever set it."""
     seed: int = 0
     model: ModelConfig = field(default_factory=TimeTrackerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -84,12 +96,34 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         model = self.model
+        if self.stream is not None:
+            self._check_streamable()
+        elif self.corpus is None:
+            raise ValueError(
+                "corpus is not set; give corpus=FOLDER, or stream.path=NAME to train on a data set "
+                "of the hub as it comes"
+            )
         if self.data.packs_short_series and model.context_length % model.patch_length:
             below = model.context_length // model.patch_length * model.patch_length
             raise ValueError(
                 f"model.context_length ({model.context_length}) must be a multiple of "
                 f"model.patch_length ({model.patch_length}) where data.packs_short_series is true; "
                 f"nearest are {below} and {below + model.patch_length}"
+            )
+
+    def _check_streamable(self) -> None:
+        """Refuse what needs to know all series ahead."""
+        for name in _OF_A_CORPUS:
+            value = getattr(self.data, name)
+            if value:
+                raise ValueError(
+                    f"data.{name} is {value}, but stream is set: only the windows of a corpus can "
+                    "be mixed, packed or kept to some shards; build one, or leave that out"
+                )
+        if self.data.num_workers > 1:
+            raise ValueError(
+                f"data.num_workers ({self.data.num_workers}) must be 0 or 1 where stream is set: "
+                "one thread reads a stream ahead"
             )
 
     def check_world_size(self, world_size: int) -> None:

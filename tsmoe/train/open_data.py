@@ -1,0 +1,211 @@
+"""Open what a run is trained on: a corpus, or a data set that is streamed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.shards.reader import Corpus
+from data_pipeline.shards.verify import verify_changed
+from tsmoe.batch import WindowBatch
+from tsmoe.checkpoint.layout import CheckpointMeta
+from tsmoe.data.loader import TrainingBatches, ValidationBatches, load_training
+from tsmoe.data.pack_gather import PackGather
+from tsmoe.data.patch_mask import PatchMask
+from tsmoe.data.stream import StreamBatches, Streamed, load_stream, stream_validation
+from tsmoe.data.windows import training_windows, validation_windows
+from tsmoe.errors import CheckpointError, DataError
+from tsmoe.ranks import Ranks
+from tsmoe.train.run_config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Training batches from where the run stands, and the batches that are validated on."""
+
+    corpus: Corpus | Streamed
+    training: TrainingBatches | StreamBatches
+    validation: list[WindowBatch]
+
+    def load(self, config: RunConfig, *, num_batches: int) -> Iterator[WindowBatch]:
+        """Iterate over the next micro-batches of this rank."""
+        settings: dict[str, Any] = {  # Any: an int and a float
+            "num_batches": num_batches,
+            "num_workers": config.data.num_workers,
+            "timeout_seconds": config.training.timeout_seconds,
+        }
+        if isinstance(self.training, StreamBatches):
+            return load_stream(self.training, **settings)
+        return load_training(self.training, **settings)
+
+    def source_shares(self, begin: int, end: int) -> dict[str, float]:
+        """Part of each source in the windows [begin, end); empty where it is not known ahead."""
+        if isinstance(self.training, StreamBatches):
+            return {}
+        return self.training.source_shares(begin, end)
+
+    def stream_positions(self, num_batches: int, ranks: Ranks) -> list[dict[str, Any]] | None:
+        """Where each rank stands in its stream after so many batches; None for a corpus.
+
+        Collective where the run streams: every rank must call it.
+        """
+        if isinstance(self.training, StreamBatches):
+            return ranks.gather(self.training.position_after(num_batches))
+        return None
+
+
+def open_source(config: RunConfig, ranks: Ranks) -> Corpus | Streamed:
+    """Open the corpus, or the definition of the stream.
+
+    Raises:
+        DataError: if it is missing, damaged, or cannot be reached.
+    """
+    if config.stream is None:
+        assert config.corpus is not None, "checked by the configuration"
+        corpus = Corpus.open(config.corpus)
+        if config.data.verifies_corpus:
+            _verify(corpus, ranks)
+        return corpus
+    streamed = Streamed(config.stream)
+    if ranks.is_first:
+        if config.corpus is not None:
+            logger.info("streaming %s; corpus=%s is not read", streamed.path, config.corpus)
+        if streamed.num_shards % ranks.size:
+            logger.warning(
+                "%s has %d shards for %d ranks: every rank reads all rows and uses a part of them; "
+                "use a number of ranks that divides the shards, or build a corpus",
+                streamed.path, streamed.num_shards, ranks.size,
+            )  # fmt: skip
+    return streamed
+
+
+def check_stream(config: RunConfig, ranks: Ranks, folder: object, meta: CheckpointMeta) -> None:
+    """Refuse to go on with a stream that was read in another way.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    if (config.stream is None) != (meta.stream is None):
+        raise CheckpointError(
+            f"{folder}: trained {'on a corpus' if meta.stream is None else 'from a stream'}, but "
+            f"this run is {'on a corpus' if config.stream is None else 'from a stream'}; use the "
+            "same, or another run="
+        )
+    if meta.stream is not None and len(meta.stream) != ranks.size:
+        raise CheckpointError(
+            f"{folder}: streamed by {len(meta.stream)} ranks, but there are {ranks.size}; start as "
+            "many, or build a corpus (`tsmoe data build`), which any number of ranks can go on with"
+        )
+
+
+def open_data(
+    config: RunConfig,
+    source: Corpus | Streamed,
+    ranks: Ranks,
+    *,
+    first_window: int,
+    positions: list[dict[str, Any]] | None,
+) -> RunData:
+    """Open the batches of this rank.
+
+    Args:
+        config: of the run.
+        source: what `open_source` gave.
+        ranks: all processes of the run.
+        first_window: windows of all ranks that were seen before.
+        positions: of the ranks in the stream, from a checkpoint.
+    """
+    model = config.model
+    patch_mask = PatchMask(
+        context_length=model.context_length,
+        patch_length=model.patch_length,
+        lookahead_patches=model.lookahead_patches,
+    )
+    if isinstance(source, Corpus):
+        return _open_corpus(config, source, ranks, patch_mask, first_window)
+    training = StreamBatches(
+        source,
+        seed=config.seed,
+        window_length=model.window_length,
+        patch_mask=patch_mask,
+        mixup_share=config.data.mixup_share,
+        micro_batch_size=config.training.micro_batch_size,
+        ranks=ranks,
+        first_window=first_window,
+        position=None if positions is None else positions[ranks.rank],
+    )
+    validation = stream_validation(
+        source,
+        window_length=model.window_length,
+        patch_length=model.patch_length,
+        max_windows=config.data.max_validation_windows,
+        batch_size=config.training.micro_batch_size,
+        ranks=ranks,
+    )
+    return RunData(source, training, [batch.to(ranks.device) for batch in validation])
+
+
+def _open_corpus(
+    config: RunConfig, corpus: Corpus, ranks: Ranks, patch_mask: PatchMask, first_window: int
+) -> RunData:
+    lengths = {
+        "window_length": config.model.window_length,
+        "patch_length": config.model.patch_length,
+    }
+    index = training_windows(corpus, stride=config.data.window_stride, **lengths)
+    if ranks.is_first and index.unusable_series:
+        logger.warning(
+            "%s: %d of %d series have no more than %d points before the split and are not used",
+            corpus.path, index.unusable_series, corpus.num_series, config.model.patch_length,
+        )  # fmt: skip
+    packs = None
+    if config.data.packs_short_series:
+        packs = PackGather(
+            corpus,
+            index,
+            seed=config.seed,
+            patch_length=config.model.patch_length,
+            patch_stride=config.model.patch_stride,
+            is_pinned=ranks.device.type == "cuda",
+        )
+        if ranks.is_first:
+            logger.info(
+                "%s: %d series shorter than a window share %d windows",
+                corpus.path, len(packs.packs.members), len(packs.packs.heads),
+            )  # fmt: skip
+    training = TrainingBatches(
+        corpus,
+        index,
+        config.data,
+        seed=config.seed,
+        packs=packs,
+        patch_mask=patch_mask,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        ranks=ranks,
+        first_window=first_window,
+    )
+    if ranks.is_first and (problem := training.cache_problem()):
+        logger.warning("%s: %s", corpus.path, problem)
+    validation = ValidationBatches(
+        corpus,
+        validation_windows(corpus, **lengths),
+        max_windows=config.data.max_validation_windows,
+        resident_shards=config.data.resident_shards,
+        batch_size=config.training.micro_batch_size,
+        ranks=ranks,
+        packs=packs,
+    )
+    held = [validation[i].to(ranks.device) for i in range(len(validation))]
+    return RunData(corpus=corpus, training=training, validation=held)
+
+
+def _verify(corpus: Corpus, ranks: Ranks) -> None:
+    """Let the first rank check the shards that have changed since, and tell the others."""
+    problems = ranks.gather(verify_changed(corpus) if ranks.is_first else [])[0]
+    if problems:
+        raise DataError(f"{corpus.path}: {'; '.join(problems)}; build or copy the corpus again")
