@@ -9,6 +9,7 @@ import logging
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from fnmatch import fnmatch
 from multiprocessing import get_context
 
 import pyarrow as pa
@@ -24,8 +25,10 @@ from data_pipeline.build.plan import (
     make_plan,
 )
 from data_pipeline.config import CorpusConfig
+from data_pipeline.curation.table import CURATION_FOLDER
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.progress import Progress, SilentProgress
+from data_pipeline.shards.index import INDEX_FILE
 from data_pipeline.shards.manifest import (
     BUILDING_FOLDER,
     MANIFEST_FILE,
@@ -33,6 +36,7 @@ from data_pipeline.shards.manifest import (
     Manifest,
     SourceEntry,
 )
+from data_pipeline.shards.writer import SHARD_PATTERN
 from data_pipeline.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -136,10 +140,10 @@ def _begin(
                 f"({describe_change(plan.inputs, inputs)}); go on with that, choose another --out, "
                 f"or pass --overwrite to begin anew"
             )
-    # The manifest goes first: from here on nothing looks whole.
+    plan = make_plan(config)  # first: a source that cannot be read leaves an older corpus as it is
+    # The manifest goes before anything of the plan is there: from here on nothing looks whole.
     store.remove(MANIFEST_FILE)
     _discard_blocks(store)
-    plan = make_plan(config)
     store.write_bytes(PLAN_FILE, plan.to_json())
     return plan
 
@@ -212,12 +216,25 @@ def _check_replaceable(store: Store, overwrite: bool) -> None:
                 f"have changed since, or with damaged shards; choose another --out or pass "
                 f"--overwrite"
             )
-    elif not store.exists(PLAN_FILE) and any(
-        not name.startswith(f"{BUILDING_FOLDER}/") for name in store.files()
-    ):
+        return
+    if store.exists(PLAN_FILE):
+        return
+    found = [name for name in store.files() if not name.startswith(f"{BUILDING_FOLDER}/")]
+    if INDEX_FILE in found and all(map(_is_of_corpus, found)):
+        if not overwrite:
+            raise ConfigError(
+                f"--out {store} holds what is left of a corpus whose replacement came to nothing; "
+                f"choose another --out or pass --overwrite"
+            )
+    elif found:
         raise ConfigError(
             f"--out {store} holds files that are no corpus; choose another --out or empty it"
         )
+
+
+def _is_of_corpus(name: str) -> bool:
+    is_shard = fnmatch(name, SHARD_PATTERN)
+    return is_shard or name == INDEX_FILE or name.startswith(f"{CURATION_FOLDER}/")
 
 
 def _discard_blocks(store: Store) -> None:

@@ -190,6 +190,29 @@ def test_unfinished_build_of_something_else_is_not_touched(
     assert build_corpus(other, out, overwrite=True).num_series == 40
 
 
+def test_source_that_cannot_be_listed_leaves_the_older_corpus(config, whole, tmp_path) -> None:
+    path = tmp_path / "corpus.yaml"
+    path.write_text("sources: [{type: npy, path: cut.npy}]\n")
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataError, match=r"cut\.npy"):
+        build_corpus(load_corpus_config(path), tmp_path / "whole", overwrite=True)
+    assert files_of(tmp_path / "whole") == whole
+
+
+def test_remains_of_a_corpus_can_be_overwritten(config, whole, listed_config, tmp_path) -> None:
+    out = tmp_path / "whole"
+    with pytest.raises(DataError, match="no series is left"):
+        build_corpus(listed_config([], name="empty"), out, overwrite=True)
+    with pytest.raises(ConfigError, match="what is left of a corpus"):
+        build_corpus(config, out)
+    assert build_corpus(config, out, overwrite=True).num_series == 39
+    assert files_of(out) == whole
+    (out / "manifest.json").unlink()
+    (out / "thesis.pdf").touch()
+    with pytest.raises(ConfigError, match="files that are no corpus"):
+        build_corpus(config, out, overwrite=True)
+
+
 def test_held_out_series_are_listed_and_never_train(listed_config, random_records, tmp_path):
     config = listed_config(
         random_records, unit_sizes=UNITS, shard_size_bytes=4096, held_out_fraction=0.3
