@@ -12,7 +12,9 @@ from data_pipeline.shards import Corpus
 from data_pipeline.similarity.audit import audit
 from data_pipeline.similarity.duplicates import DuplicatesConfig
 from data_pipeline.similarity.findings import AuditReport
+from data_pipeline.similarity.probes import Probes
 from data_pipeline.similarity.tables import read_variates
+from data_pipeline.similarity.windows import hashed_windows
 from data_pipeline.steps.clean import CleanConfig
 
 KEEPS_ALL = CleanConfig(
@@ -124,10 +126,11 @@ def test_windows_that_say_nothing_are_counted_and_do_not_alarm(audit_of) -> None
         "counter": (steps % 16).astype(np.float32),
         "coin": np.random.default_rng(0).integers(0, 2, 640).astype(np.float32),
     }
+    dull["gaps"] = np.where(steps % 7 % 3 == 1, np.nan, dull["coin"])
     half_dull = np.concatenate([dull["switch"], walk(640)])
     report = audit_of([7 * values + 1 for values in dull.values()], dull, {"x": half_dull})
     table, other = report.tables
-    assert (table.windows, table.uninformative, table.unchecked) == (50, 50, 5)
+    assert (table.windows, table.uninformative, table.unchecked) == (60, 60, 6)
     assert (other.windows, other.uninformative, other.unchecked) == (20, 10, 0)
     assert report.is_clean
 
@@ -190,11 +193,22 @@ def test_popular_hashes_are_compared_without_comparing_all(audit_of, monkeypatch
     assert 0 < compared < 0.1 * 200 * len(other)
 
 
+def test_probes_find_their_hashes_and_no_others() -> None:
+    values = walk(6_400)
+    probes = Probes(values, [0, 6_400], [0], 64)
+    other = np.concatenate([piece.hashes.copy() for piece in hashed_windows(walk(90_000, 1))])
+    assert len(probes.find(other)[0]) == 0
+    own = np.concatenate([piece.hashes.copy() for piece in hashed_windows(values)])
+    positions, numbers = probes.find(own)
+    assert positions.tolist() == list(range(0, 6_337, 64))
+    assert sorted(numbers.tolist()) == list(range(100))
+
+
 def test_layouts_of_evaluation_tables(tmp_path) -> None:
     rows = 90
     long = pa.table(
         {
-            "entity": ["M-6", "M-1", "M-6"] * (rows // 3),  # which pandas takes for times
+            "entity": ["2021-06", "2021-01", "2021-06"] * (rows // 3),  # names, and no times
             "split": ["train"] * 45 + ["test"] * 45,
             "f0": np.arange(rows, dtype=np.float32),
             "label": np.zeros(rows, np.float32),
@@ -212,9 +226,11 @@ def test_layouts_of_evaluation_tables(tmp_path) -> None:
         return {item.name: item.values.tolist() for item in read_variates(tmp_path / name)}
 
     found = read("long.parquet")
-    assert sorted(found) == ["M-1/test/f0", "M-1/train/f0", "M-6/test/f0", "M-6/train/f0"]
-    assert found["M-6/test/f0"][:4] == [45.0, 47.0, 48.0, 50.0]
-    assert found["M-1/train/f0"][:3] == [1.0, 4.0, 7.0]
+    assert sorted(found) == [
+        f"2021-{name}/f0" for name in ("01/test", "01/train", "06/test", "06/train")
+    ]
+    assert found["2021-06/test/f0"][:4] == [45.0, 47.0, 48.0, 50.0]
+    assert found["2021-01/train/f0"][:3] == [1.0, 4.0, 7.0]
     found = read("cases.parquet")
     assert found.keys() == {"row 1/0", "row 1/1", "row 2/0", "row 2/1"}
     assert found["row 1/0"] == [1.0, 2.0]

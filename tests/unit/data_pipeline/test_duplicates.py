@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.similarity.candidates import FIRST_PARTNERS
+from data_pipeline.similarity.candidates import (
+    FIRST_PARTNERS,
+    PAIRS_PER_SERIES,
+    SharedAnchors,
+)
 from data_pipeline.similarity.duplicates import (
     DUPLICATE,
     NEAR_DUPLICATE,
@@ -166,6 +170,53 @@ def test_work_grows_with_the_series_of_a_family_and_not_with_their_pairs(tmp_pat
     blocks = Blocks(tmp_path, family)
     assert blocks.copies() == [(0, row, 0, 0, NEAR_DUPLICATE) for row in range(1, 150)]
     assert blocks.num_read <= 150 * 2 * (FIRST_PARTNERS + 1)
+
+
+def test_pairs_of_a_family_are_few(tmp_path) -> None:
+    a = walk(20_000)
+    blocks = Blocks(tmp_path, [(1.0 + number) * a for number in range(30)])
+    sketches = [Sketch(path) for path in blocks.paths]
+    with SharedAnchors(sketches, np.arange(30), 2**28) as shared:
+        pairs = dict(shared)
+    assert sorted(pairs) == list(range(1, 30))
+    assert all(len(of_series) == PAIRS_PER_SERIES for of_series in pairs.values())
+    assert set(pairs[29][:, 0].tolist()) == {*range(FIRST_PARTNERS), 28}
+    np.testing.assert_array_equal(pairs[29][:, 1], pairs[29][:, 2])
+
+
+def test_copy_of_its_neighbour_is_found_though_all_its_windows_are_common(tmp_path) -> None:
+    # Patterns that begin and end at 0, with rest between them, in an order of their own each.
+    patterns = []
+    for seed in range(12):
+        pattern = walk(150 + 7 * seed, seed)
+        patterns.append(np.concatenate([[0.0], pattern, [0.0] * 70]).astype(np.float32))
+    generator = np.random.default_rng(0)
+    series = [
+        np.concatenate([patterns[place] for place in generator.permutation(12)]) for _ in range(8)
+    ]
+    blocks = Blocks(tmp_path, [*series, 2 * series[7]])
+    assert blocks.copies() == [(0, 8, 0, 7, NEAR_DUPLICATE)]
+
+
+def test_what_stays_is_never_left_out_itself(tmp_path) -> None:
+    # The innermost shares anchors with the middle one only: of the whole too few are anchors.
+    whole = walk(600_000)
+    middle = 2 * whole[100_000:110_000]
+    inner = middle[6_000:6_500] - 7
+    blocks = Blocks(tmp_path, [inner, middle, whole])
+    hashes, rows, _ = Sketch(blocks.paths[0]).anchors(0, 10**6)
+    assert np.intersect1d(hashes[rows == 0], hashes[rows == 1]).size
+    assert not np.intersect1d(hashes[rows == 0], hashes[rows == 2]).size
+    assert blocks.copies() == [(0, 0, 0, 2, NEAR_DUPLICATE), (0, 1, 0, 2, NEAR_DUPLICATE)]
+
+
+def test_steps_that_agree_by_chance_do_not_count() -> None:
+    generator = np.random.default_rng(0)
+    a, b = (generator.integers(0, 2, 3_000).astype(np.float32) for _ in range(2))
+    b[:600] = a[:600]
+    share, lag = contained_share(b, a, np.array([100]), np.array([100]))
+    assert share == pytest.approx(0.2, abs=0.03)
+    assert lag == 0
 
 
 @pytest.mark.parametrize("memory_bytes", [4_000, 20_000, 100_000])
