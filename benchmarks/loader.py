@@ -17,8 +17,8 @@ Peers that are no dependency of ours run in an environment of their own:
     /tmp/peers/bin/pip install python-snappy tqdm transformers 'xxhash<4' zstd
     python benchmarks/loader.py --peers-python /tmp/peers/bin/python
 
-Time-MoE, OpenLTM and Large-Time-Series-Model are not packages: `PEERS=folder`, with clones of them,
-takes them in.
+Time-MoE, OpenLTM and Large-Time-Series-Model are not packages: `PEERS=folder`, with clones of them
+under these names, takes those in that are there (`pip install datasets scikit-learn tqdm` besides).
 """
 
 from __future__ import annotations

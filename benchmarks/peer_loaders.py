@@ -129,21 +129,109 @@ def _stand_in_for_torchvision() -> None:
     sys.modules["torchvision"] = vision
 
 
+def time_moe(folder: Path) -> Batches:
+    """Time-MoE: its binary format, z-normalised windows."""
+    out = folder / "time_moe"
+    if not out.exists():
+        out.mkdir()
+        ends = np.load(folder / "ends.npy")
+        np.load(folder / "values.npy", mmap_mode="r").tofile(out / "data-1-of-1.bin")
+        lengths = np.diff(ends, prepend=0)
+        begins = (ends - lengths).tolist()
+        meta = {
+            "num_sequences": len(ends), "dtype": "float32",
+            "files": {"data-1-of-1.bin": int(ends[-1])},
+            "scales": [
+                {"offset": begin, "length": length}
+                for begin, length in zip(begins, lengths.tolist(), strict=True)
+            ],
+        }  # fmt: skip
+        (out / "meta.json").write_text(json.dumps(meta))
+    from time_moe.datasets.time_moe_dataset import TimeMoEDataset
+    from time_moe.datasets.time_moe_window_dataset import TimeMoEWindowDataset
+
+    data = TimeMoEWindowDataset(
+        TimeMoEDataset(str(out), normalization_method="zero"), context_length=WINDOW_LENGTH
+    )
+    return (batch["input_ids"].numel() for batch in _at_random(data))
+
+
+def openltm(folder: Path) -> Batches:
+    """OpenLTM: a .npy file for each series, all held in memory."""
+    out = folder / "openltm"
+    if not out.exists():
+        out.mkdir()
+        for number, series in enumerate(series_of(folder)):
+            np.save(out / f"{number}.npy", series[:, None])
+    from data_provider.data_loader import UTSD_Npy
+
+    data = UTSD_Npy(str(out), flag="train", size=[CONTEXT_LENGTH, PATCH_LENGTH, PATCH_LENGTH])
+    # What was not in the context comes with the targets: a patch.
+    return (x.numel() + len(x) * PATCH_LENGTH for x, *_ in _at_random(data))
+
+
+def large_time_series_model(folder: Path) -> Batches:
+    """Large-Time-Series-Model: its class for UTSD, all held in memory."""
+    import datasets
+
+    table = datasets.Dataset.from_parquet(sorted(map(str, folder.glob("series*.parquet"))))
+    datasets.load_dataset = lambda *_, **__: table.with_format("numpy")  # it has the hub built in
+    from utsdataset import UTSDataset
+
+    data = UTSDataset(input_len=CONTEXT_LENGTH, output_len=PATCH_LENGTH)
+
+    def inputs(rows: list[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
+        # Its labels begin where a window ends: the last windows have none, which no batch can hold.
+        return torch.utils.data.default_collate([x for x, _ in rows])
+
+    return (x.numel() for x in _at_random(data, collate_fn=inputs))
+
+
+def _at_random(data: Any, **settings: Any) -> Iterator[Any]:
+    # Not by shuffle: the list of an order of 20 million windows takes longer than a turn.
+    order = torch.utils.data.RandomSampler(data, replacement=True, num_samples=10**6)
+    loader = DataLoader(
+        data, batch_size=BATCH_SIZE, sampler=order, num_workers=NUM_WORKERS, drop_last=True,
+        persistent_workers=True, **settings,
+    )  # fmt: skip
+    return forever(loader)
+
+
 BATCHES: dict[str, Callable[[Path], Batches]] = {
     "GluonTS Arrow + InstanceSplitter, 2 workers": gluonts,
     "mosaicml-streaming MDS windows, 2 workers": mosaic,
 }
+# Peers that are no packages: the folder in PEERS that each is imported from.
+CLONES: dict[str, tuple[str, Callable[[Path], Batches]]] = {
+    "Time-MoE windows, 2 workers": ("Time-MoE", time_moe),
+    "OpenLTM UTSD_Npy, 2 workers": ("OpenLTM", openltm),
+    "UTSD's own class, 2 workers": (
+        "Large-Time-Series-Model/scripts/UTSD",
+        large_time_series_model,
+    ),
+}
+
+
+def contenders() -> dict[str, Callable[[Path], Batches]]:
+    """All peers that are there; those in PEERS are made importable."""
+    found = dict(BATCHES)
+    if peers := os.environ.get("PEERS"):
+        for name, (part, make) in CLONES.items():
+            if (path := Path(peers) / part).is_dir():
+                sys.path.append(str(path))
+                found[name] = make
+    return found
 
 
 def main() -> None:
     """Deliver batches and print how fast, or list what there is."""
     if sys.argv[1] == "--list":
-        print(json.dumps(list(BATCHES)))
+        print(json.dumps(list(contenders())))
         return
     name, folder, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(1)
-    batches = BATCHES[name](folder)
+    batches = contenders()[name](folder)
     report(deliver(batches, seconds=seconds))
 
 
