@@ -86,13 +86,16 @@ def build_corpus(
         _build_blocks(config, plan, blocks, store, processes, progress or SilentProgress())
         results = [read_result(store, block, plan.identity) for block in plan.blocks]
         unbuilt = results.count(None)
-        if unbuilt or not lock.make_exclusive():
+        if unbuilt:
             logger.info(
                 "task %d of %d has ended; %d of %d blocks of the others are not there yet, the "
                 "last task merges them", *task, unbuilt, len(results),
             )  # fmt: skip
             return None
-        manifest = merge_blocks(config, plan, [r for r in results if r is not None], store)
+        lock.make_exclusive()
+        manifest = up_to_date_manifest(config, store, inputs)
+        if manifest is None:  # else another task that ended with this one was faster
+            manifest = merge_blocks(config, plan, [r for r in results if r is not None], store)
         store.remove_folder(BUILDING_FOLDER)
     return manifest
 

@@ -30,9 +30,15 @@ class BuildLock:
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
 
-    def make_exclusive(self) -> bool:
-        """Shut all others out, if none is there: of several tasks that end, the last succeeds."""
-        return self._descriptor is None or _lock(self._descriptor, fcntl.LOCK_EX)
+    def make_exclusive(self) -> None:
+        """Shut all others out, when those that are there have ended.
+
+        Each may be the last that ends, and may have looked for the blocks of the others before
+        they were there: so none goes before it has waited for those that are still there.
+        """
+        if self._descriptor is not None and not _lock(self._descriptor, fcntl.LOCK_EX):
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # two that keep theirs wait for ever
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
 
 @contextmanager

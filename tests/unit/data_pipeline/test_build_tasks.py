@@ -1,16 +1,18 @@
 """A build in many pieces: tasks, processes, restarts, and what a kill leaves behind."""
 
 import hashlib
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import data_pipeline.build.block as block_module
+import data_pipeline.build.lock as lock_module
 from data_pipeline.build import build_corpus
 from data_pipeline.config import load_corpus_config
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.shards import Corpus
+from data_pipeline.shards import Corpus, Manifest
 from data_pipeline.shards.verify import verify_corpus
 from data_pipeline.steps.clean import CleanConfig
 from data_pipeline.steps.mixup import SOURCE, MixupConfig
@@ -66,6 +68,35 @@ def test_tasks_make_the_same_bytes_as_one_build(config, whole, tmp_path, num_tas
     assert results[-1] is not None
     assert files_of(out) == whole
     assert verify_corpus(out) == []
+
+
+def test_tasks_that_end_at_the_same_moment_merge(config, whole, tmp_path, monkeypatch) -> None:
+    """The first has looked for the blocks of the second before they were there, and ends after."""
+    out = tmp_path / "out"
+    is_refused = threading.Event()
+    second: list[Manifest | None] = []
+    thread = threading.Thread(target=lambda: second.append(build_corpus(config, out, task=(2, 2))))
+
+    def tell(descriptor: int, kind: int) -> bool:
+        is_free = take_lock(descriptor, kind)
+        if not is_free:
+            is_refused.set()
+        return is_free
+
+    take_lock = lock_module._lock
+    monkeypatch.setattr(lock_module, "_lock", tell)
+
+    def note(*_arguments) -> None:
+        if not thread.ident:
+            thread.start()
+            assert is_refused.wait(10)
+
+    # The message stands between the look and the end.
+    monkeypatch.setattr("data_pipeline.build.corpus.logger.info", note)
+    assert build_corpus(config, out, task=(1, 2)) is None
+    thread.join(10)
+    assert second[0] is not None
+    assert files_of(out) == whole
 
 
 def test_processes_make_the_same_bytes_as_one(tmp_path) -> None:
