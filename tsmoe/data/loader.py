@@ -103,11 +103,11 @@ class TrainingBatches:
         self._gather = WindowGather(
             corpus, index.window_length, is_pinned=ranks.device.type == "cuda"
         )
-        starts = [(0, config), *((p.from_step, p.over(config)) for p in config.curriculum)]
-        quotas = [
-            (step * global_batch_size, source_quotas(mixture, corpus, index))
-            for step, mixture in starts
-        ]
+        quotas = [(0, source_quotas(config, corpus, index))]
+        for phase in config.curriculum:
+            section = f"data.curriculum (from_step {phase.from_step})"
+            of_phase = source_quotas(phase.over(config), corpus, index, section=section)
+            quotas.append((phase.from_step * global_batch_size, of_phase))
         blocks = shard_blocks(corpus, index, config.resident_shards)
         self._plan, self._partners = (
             WindowPlan(

@@ -91,8 +91,16 @@ def check_curriculum(phases: Sequence[CurriculumPhase]) -> None:
             )
 
 
-def source_quotas(mixture: Mixture, corpus: Corpus, index: WindowIndex) -> Integers:
+def source_quotas(
+    mixture: Mixture, corpus: Corpus, index: WindowIndex, *, section: str = "data"
+) -> Integers:
     """Return how many windows of a deck each source has.
+
+    Args:
+        mixture: the shares.
+        corpus: has the names.
+        index: of training windows.
+        section: where the shares stand in the configuration, for messages.
 
     Raises:
         ConfigError: if a name is not in the corpus, nothing is left, or the caps leave windows
@@ -100,41 +108,43 @@ def source_quotas(mixture: Mixture, corpus: Corpus, index: WindowIndex) -> Integ
     """
     weights = temperature_weights(index.counts, index.points, mixture.source_temperature)
     for name, weight in mixture.source_weights.items():
-        weights[_place(name, corpus.sources, "source_weights", "source", corpus)] *= weight
+        weights[_place(name, corpus.sources, f"{section}.source_weights", "source", corpus)] *= (
+            weight
+        )
     if not (weights > 0).any():
         raise ConfigError(
-            f"data.source_weights leaves no source of {corpus.path} with a window; the sources "
-            f"with windows are {_names(corpus.sources, index.counts > 0)}"
+            f"{section}.source_weights leaves no source of {corpus.path} with a window; the "
+            f"sources with windows are {_names(corpus.sources, index.counts > 0)}"
         )
     if not mixture.domain_caps:
         return apportion(weights)
-    domain_of = _domains(mixture.domain_caps, corpus, index)
+    domain_of = _domains(mixture.domain_caps, corpus, index, section)
     shares = np.bincount(domain_of, weights, minlength=len(corpus.domains)) / weights.sum()
     caps = np.ones(len(corpus.domains))
     for name, cap in mixture.domain_caps.items():
-        caps[_place(name, corpus.domains, "domain_caps", "domain", corpus)] = cap
-    domain_quotas = apportion(_filled(shares, caps, corpus))
+        caps[_place(name, corpus.domains, f"{section}.domain_caps", "domain", corpus)] = cap
+    domain_quotas = apportion(_filled(shares, caps, corpus, section))
     quotas = np.zeros_like(index.counts)
     for domain in np.flatnonzero(domain_quotas):
         of_domain = np.flatnonzero((domain_of == domain) & (weights > 0))
         quota = int(domain_quotas[domain])
         if quota < len(of_domain):
             raise ConfigError(
-                f"data.domain_caps.{corpus.domains[domain]} ({caps[domain]}) is too small for its "
-                f"{len(of_domain)} sources: it gives {quota} windows of a deck of 65,536"
+                f"{section}.domain_caps.{corpus.domains[domain]} ({caps[domain]}) is too small "
+                f"for its {len(of_domain)} sources: it gives {quota} windows of a deck of 65,536"
             )
         quotas[of_domain] = apportion(weights[of_domain], quota)
     return quotas
 
 
-def _filled(shares: Floats, caps: Floats, corpus: Corpus) -> Floats:
+def _filled(shares: Floats, caps: Floats, corpus: Corpus, section: str) -> Floats:
     """Cut shares down to their caps and raise the others in proportion, until all fit."""
     room = float(caps[shares > 0].sum())
     if room < 1 - _TOLERANCE:
         named = ", ".join(f"{corpus.domains[d]} {caps[d]:g}" for d in np.flatnonzero(shares > 0))
         raise ConfigError(
-            f"data.domain_caps allow {room:g} of the windows in all ({named}), and no other domain "
-            f"of {corpus.path} has windows; raise them by {1 - room:g} or more"
+            f"{section}.domain_caps allow {room:g} of the windows in all ({named}), and no other "
+            f"domain of {corpus.path} has windows; raise them by {1 - room:g} or more"
         )
     is_capped = np.zeros(len(shares), dtype=bool)
     while True:
@@ -149,7 +159,9 @@ def _filled(shares: Floats, caps: Floats, corpus: Corpus) -> Floats:
         is_capped |= is_over
 
 
-def _domains(caps: Mapping[str, float], corpus: Corpus, index: WindowIndex) -> Integers:
+def _domains(
+    caps: Mapping[str, float], corpus: Corpus, index: WindowIndex, section: str
+) -> Integers:
     """Return the domain of each source; a source of several must have none that is capped."""
     domain_of = np.zeros(len(corpus.sources), dtype=np.int64)
     pairs = np.unique(
@@ -163,8 +175,8 @@ def _domains(caps: Mapping[str, float], corpus: Corpus, index: WindowIndex) -> I
         capped = [name for name in names if name in caps]
         if len(names) > 1 and capped:
             raise ConfigError(
-                f"data.domain_caps.{capped[0]}: source {corpus.sources[source]!r} has series of "
-                f"several domains ({', '.join(names)}), whose shares cannot be set apart; build "
+                f"{section}.domain_caps.{capped[0]}: source {corpus.sources[source]!r} has series "
+                f"of several domains ({', '.join(names)}), whose shares cannot be set apart; build "
                 "the corpus with a source name for each domain"
             )
     return domain_of
@@ -175,7 +187,7 @@ def _place(name: str, known: Sequence[str], setting: str, what: str, corpus: Cor
         return list(known).index(name)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"there are {_names(known)}"
-    raise ConfigError(f"data.{setting}.{name}: {corpus.path} has no {what} of that name; {hint}")
+    raise ConfigError(f"{setting}.{name}: {corpus.path} has no {what} of that name; {hint}")
 
 
 def _names(known: Sequence[str], which: np.ndarray | None = None) -> str:

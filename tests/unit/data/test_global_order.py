@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.shards import Corpus
-from tsmoe.data.loader import DataConfig, TrainingBatches, load_training
+from tsmoe.data.loader import DataConfig, TrainingBatches, ValidationBatches, load_training
 from tsmoe.data.mixing import CurriculumPhase
 from tsmoe.data.windows import training_windows, validation_windows
+from tsmoe.errors import ConfigError
 from tsmoe.ranks import Ranks
 
 WINDOW, PATCH = 24, 4
@@ -121,6 +122,40 @@ def test_windows_come_from_as_many_shards_at_a_time_as_were_asked_for(corpus) ->
     # One shard at a time: as many changes as shards in an epoch, give or take the epochs' ends.
     windows_of_b = int(ours.index.counts[corpus.sources.index("b")])
     assert changes <= (len(of_b) / windows_of_b + 1) * len(np.unique(shards))
+
+
+def test_cache_that_is_too_small_is_named(corpus, monkeypatch) -> None:
+    assert batches(corpus, DataConfig(), micro=STEP).cache_problem() is None
+    monkeypatch.setattr(corpus, "max_resident_shards", 3)
+    all_shards = batches(corpus, DataConfig(), micro=STEP).cache_problem()
+    assert f"from {len(corpus.manifest.shards)} shards at a time, but" in all_shards
+    assert "the cache holds 3" in all_shards
+    assert "set data.resident_shards" in all_shards
+    # Three sources, one shard each, and the next of each.
+    few = DataConfig(resident_shards=1)
+    assert "from 6 shards at a time" in batches(corpus, few, micro=STEP).cache_problem()
+    monkeypatch.setattr(corpus, "max_resident_shards", 6)
+    assert batches(corpus, few, micro=STEP).cache_problem() is None
+    mixed = DataConfig(resident_shards=1, mixup_share=0.5)
+    assert "from 12 shards at a time" in batches(corpus, mixed, micro=STEP).cache_problem()
+
+
+def test_error_of_a_phase_names_it(corpus) -> None:
+    phase = CurriculumPhase(from_step=3, source_weights={"x": 1.0})
+    with pytest.raises(ConfigError, match=r"data\.curriculum \(from_step 3\)\.source_weights\.x"):
+        batches(corpus, DataConfig(curriculum=(phase,)), micro=STEP)
+
+
+def test_validation_needs_no_more_shards_than_are_resident(corpus) -> None:
+    index = validation_windows(corpus, **SIZES)
+    for resident, most in ((1, 3), (2, 6)):
+        ours = ValidationBatches(
+            corpus, index, max_windows=100, batch_size=8, ranks=Ranks(), resident_shards=resident
+        )
+        series = np.concatenate([ours[i].series_ids_B.numpy() for i in range(len(ours))])
+        found = {(corpus.source_ids[s], corpus.series_shards[s]) for s in series}
+        assert 0 < len(found) <= most
+        assert {source for source, _ in found} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tsmoe.data.gather import WindowGather
+from tsmoe.data.loader import shard_blocks
 from tsmoe.data.order import WindowOrder, apportion
 from tsmoe.data.permutation import order_key
 from tsmoe.data.plan import WindowPlan
@@ -78,3 +79,34 @@ def test_worker_that_prepares_does_not_hold_up_the_others(plan, monkeypatch) -> 
     may_go_on.set()
     preparing.join()
     assert plan[4][0].tolist() == list(range(132, 140))
+
+
+def test_shards_of_a_remote_corpus_are_asked_for_before_they_are_needed(
+    make_corpus, monkeypatch
+) -> None:
+    monkeypatch.setattr("tsmoe.data.plan._WINDOWS_AT_A_TIME", 8)
+    corpus = make_corpus({"a": [60] * 12, "b": [90] * 5}, shard_size_bytes=900)
+    assert len(corpus.manifest.shards) > 8
+    asked: list[list[int]] = []
+    monkeypatch.setattr(corpus, "max_resident_shards", 4)
+    monkeypatch.setattr(corpus, "prefetch", lambda shards: asked.append(list(shards)))
+    index = training_windows(corpus, window_length=24, patch_length=4, stride=4)
+    order = WindowOrder(
+        index.counts, [(0, apportion(np.array([1.0, 1.0])))], order_key("f", 0),
+        blocks=shard_blocks(corpus, index, 1),
+    )  # fmt: skip
+    plan = WindowPlan(
+        WindowGather(corpus, 24), index, order, micro_batch_size=4, ranks=Ranks(), first_window=0
+    )
+    known: set[int] = set()
+    surprises = 0
+    for item in range(0, 60, 2):
+        before = len(asked)
+        _, windows = plan[item]
+        assert len(asked) == before + 1
+        needed = set(corpus.series_shards[windows.series].tolist())
+        assert needed <= set(asked[-1])
+        surprises += bool(item) and len(needed - known)
+        known = set(asked[-1])
+    # What a stretch needs was announced by the one before it.
+    assert surprises == 0
