@@ -25,7 +25,8 @@ from tsmoe.data.mixup import mix_windows
 from tsmoe.data.patch_mask import PatchMask
 from tsmoe.data.permutation import Integers, order_key, uniform
 from tsmoe.data.read_ahead import ReadAhead
-from tsmoe.data.stream_rows import SeriesStream, StreamConfig, fingerprint, open_rows, unusable
+from tsmoe.data.stream_rows import SeriesStream, unusable
+from tsmoe.data.stream_source import StreamConfig, open_stream
 from tsmoe.errors import DataError
 from tsmoe.ranks import Ranks
 
@@ -34,11 +35,10 @@ class Streamed:
     """What a stream has in place of a corpus: a name, an identity, and names of its series."""
 
     def __init__(self, config: StreamConfig) -> None:
-        rows = open_rows(config)
+        self.source = open_stream(config)
         self.config = config
         self.path = config.path
-        self.fingerprint = fingerprint(config, rows)
-        self.num_shards: int = rows.num_shards
+        self.fingerprint = self.source.fingerprint(config)
         self._names: tuple[dict[int, str], dict[int, str]] = ({}, {})
 
     def remember(self, names: dict[int, str]) -> None:
@@ -83,10 +83,13 @@ class StreamBatches:
             for what in ("windows of", "partners of")
         )
         self._stream = SeriesStream(
+            streamed.source,
             streamed.config,
+            seed=seed,
             rank=ranks.rank,
             world_size=ranks.size,
             state=None if position is None else position["begin"],
+            logs=ranks.is_first,
         )
         self._lock = threading.Lock()
         self._block = _Block(
@@ -119,6 +122,11 @@ class StreamBatches:
                 del self._positions[number]
             return self._positions[num_items]
 
+    def counts_after(self, num_items: int) -> dict[str, Any]:
+        """Return the epoch and the tally as of the block that so many batches have come to."""
+        begin = self.position_after(num_items)["begin"]
+        return {"epoch": begin["epoch"], **begin["tally"]}
+
     def _cut(self) -> WindowBatch:
         values, series = [], []
         for _ in range(self.micro_batch_size):
@@ -149,33 +157,35 @@ class StreamBatches:
         while len(series) < config.mixed_windows:
             if not series and self._stream.epoch > begun_in_epoch + 1:
                 raise DataError(
-                    f"{self.streamed.path}: no series of the stream can be trained on (not used: "
-                    f"{self._stream.last_drops or 'none'}); shorten model.patch_length or choose "
-                    "another data set"
+                    f"{self.streamed.path}: no series of the stream can be trained on "
+                    f"({self._stream.last_epoch}); shorten model.patch_length or choose another "
+                    "data set"
                 )
-            lane, epoch, row, records = self._stream.next_row()
-            for record in records:
+            for record in self._stream.next_row():
                 usable = train_length(len(record.values), config.train_fraction)
                 reason = unusable(record.values, usable, self.patch_mask.patch_length)
+                self._stream.count(reason)
                 if reason is not None:
-                    self._stream.count_drop(lane, reason)
                     continue
-                number = lane << 40 | row
+                number = self._stream.tally.used  # so that it is never given twice
                 names[number] = record.item_id
-                for start in self._starts(usable, number, epoch, record.variate):
+                for start in self._starts(usable, number):
                     values.append(window_at(record.values, start, self.window_length))
                     series.append(number)
         order = np.random.default_rng([int(self._key), block.number]).permutation(len(series))
         block.values, block.series = [values[i] for i in order], [series[i] for i in order]
         self.streamed.remember(names)
 
-    def _starts(self, usable: int, number: int, epoch: int, variate: int) -> list[int]:
-        """Draw windows of the training part: at random, a function of series and epoch."""
+    def _starts(self, usable: int, number: int) -> list[int]:
+        """Draw windows of the training part at random: a function of how many series came before.
+
+        About as many as would lie side by side.
+        """
         spare = usable - self.window_length
         if spare <= 0:
             return [spare]  # one window, filled up at the left
         count = min(self.streamed.config.windows_per_series, -(-usable // self.window_length))
-        generator = np.random.default_rng([int(self._key), number, epoch, variate])
+        generator = np.random.default_rng([int(self._key), number])
         return generator.integers(0, spare + 1, count).tolist()
 
 
@@ -215,13 +225,17 @@ def stream_validation(
     """
     config = streamed.config
     values, begins = [], []
+    # So many of each series, evenly spaced, that a long one takes no room from the others.
+    of_a_series = -(-max_windows // config.validation_series)
     for record in _first_series(streamed):
         length = len(record.values)
         split = train_length(length, config.train_fraction)
         if length <= patch_length or unusable(record.values, split, 0) is not None:
             continue
         stride = window_length - patch_length
-        for start in range(length - window_length, split - window_length, -stride):
+        starts = range(length - window_length, split - window_length, -stride)
+        kept = min(len(starts), of_a_series)
+        for start in (starts[number * len(starts) // kept] for number in range(kept)):
             values.append(window_at(record.values, start, window_length))
             begins.append(split - start)
     if not values:
@@ -259,15 +273,15 @@ def load_stream(
 
 
 def _first_series(streamed: Streamed) -> Iterator[SeriesRecord]:
-    config = streamed.config
-    stream = SeriesStream(config, logs=False)
-    found = 0
-    while found < config.validation_series:
-        _, epoch, _, records = stream.next_row()
-        if epoch > 0:
+    """Yield the series of the first rows of the first shards, the same on every rank."""
+    stream = SeriesStream(streamed.source, streamed.config)
+    left = streamed.config.validation_series
+    while left > 0:
+        records = stream.next_row()
+        if stream.epoch > 0:
             return
-        found += len(records)
-        yield from records
+        yield from records[:left]
+        left -= len(records)
 
 
 def _batch(values_BL: np.ndarray, series_B: np.ndarray) -> WindowBatch:

@@ -1,28 +1,27 @@
 """Series straight from a `datasets` stream: lanes that are read in turn, each resumable.
 
-A lane is a part of the shards of the data set. Reading a few of them in turn mixes what lies in
-different files, without holding any of it.
+A lane is a part of the shards that a rank reads. Reading a few of them in turn mixes what lies in
+different files, without holding more of it than what `datasets` reads of each file at a time.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_pipeline.record import Drop, SeriesRecord
-from data_pipeline.sources.rows import TARGET, RowReader
-from tsmoe.config import Section
-from tsmoe.errors import ConfigError, DataError
+from data_pipeline.sources.rows import RowReader
+from tsmoe.data.permutation import order_key
+from tsmoe.data.stream_source import StreamConfig, StreamSource, reading_errors
+from tsmoe.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -30,140 +29,211 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_LANES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig(Section):
-    """Train on a data set of the Hugging Face hub as it comes, without a corpus on disk.
-
-    For trying a data set. A corpus is curated, mixed by source, and the same for any number of
-    ranks; a stream is none of that.
-    """
-
-    path: str
-    """Name on the hub, such as thuml/UTSD; or a local folder of Parquet or Arrow files, or one
-    saved by `datasets`. One series a row, its values in `target`."""
-    name: str | None = None
-    """Configuration of the data set, such as UTSD-1G."""
-    split: str = "train"
-    revision: str | None = None
-    """Commit or tag on the hub; pin it, so that a run that goes on reads the same data."""
-    train_fraction: float = 0.9
-    """Share of every series, from its start, that is trained on."""
-    windows_per_series: int = 16
-    """Windows drawn from a series each time it comes by, at most: long ones would fill batches."""
-    mixed_windows: int = 2048
-    """Windows that are held and dealt in random order, of `window_length` * 4 bytes each."""
-    validation_series: int = 64
-    """Series at the beginning of the stream whose ends are validated on."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"train_fraction must be in (0, 1], got {self.train_fraction}")
-        for name in ("windows_per_series", "mixed_windows", "validation_series"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+# A small data set has many epochs a second; the log tells of the first, and then now and then.
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 @dataclass(kw_only=True)
 class _Lane:
-    """Where one lane stands."""
+    """Where one lane stands in the present epoch."""
 
     rows: datasets.IterableDataset
     number: int
-    epoch: int = 0
     num_rows: int = 0
-    """Rows read in this epoch."""
-    drops: Counter[str] = field(default_factory=Counter)
+    is_done: bool = False
     restored: dict[str, Any] | None = None  # Any: JSON of `datasets`
-    """Position that was loaded, until the first row is read."""
+    """Position that was loaded, until the next row is read."""
     iterator: Iterator[Any] | None = None  # Any: one-row Arrow tables; datasets has no types
+
+    def advance(self) -> Any:  # Any: a one-row Arrow table, or None at the end
+        """Read the next row."""
+        if self.iterator is None:
+            if self.restored is not None:
+                self.rows.load_state_dict(self.restored)
+                self.restored = None
+            self.iterator = iter(self.rows)
+        table = next(self.iterator, None)
+        if table is None:
+            self.is_done, self.iterator = True, None
+        else:
+            self.num_rows += 1
+        return table
 
     def state(self) -> dict[str, Any]:
         """What is needed to go on from here, as JSON."""
         position = self.restored
-        if self.num_rows > 0 and position is None:
+        if self.num_rows > 0 and not self.is_done and position is None:
             position = copy.deepcopy(self.rows.state_dict())
-        return {
-            "epoch": self.epoch,
-            "num_rows": self.num_rows,
-            "drops": dict(self.drops),
-            "rows": position,
-        }
+        return {"num_rows": self.num_rows, "is_done": self.is_done, "rows": position}
+
+
+@dataclass
+class Tally:
+    """Series that were used, and those that were not, by reason."""
+
+    used: int
+    drops: Counter[str]
+
+    def state(self) -> dict[str, Any]:
+        """As JSON; `Tally.of` undoes it."""
+        return {"used": self.used, "drops": dict(sorted(self.drops.items()))}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Tally:
+        """Undo `state`."""
+        return cls(state["used"], Counter(state["drops"]))
+
+    def since(self, earlier: Tally) -> Tally:
+        """Return what came after an earlier count."""
+        return Tally(self.used - earlier.used, self.drops - earlier.drops)
+
+    def __str__(self) -> str:
+        drops = ", ".join(f"{reason} {count}" for reason, count in sorted(self.drops.items()))
+        return f"{self.used} series used; not used: {drops or 'none'}"
 
 
 class SeriesStream:
     """The series of a data set that belong to one rank, one row at a time, epoch after epoch.
 
+    Every row comes once in an epoch. Shards are dealt to the lanes of all ranks; where there are
+    fewer shards than ranks, every rank reads all rows and keeps its part of them.
+
     Args:
-        config: which data set.
+        source: the data set.
+        config: how it was opened.
+        seed: shuffles the shards anew in each epoch; None keeps them as they are.
         rank: of this process.
         world_size: processes that share the data set.
         state: of `state()`, to go on from there.
-        logs: whether to say in the log that a part has come to its end.
+        logs: whether to say in the log what an epoch was like.
 
     Raises:
-        DataError: if it cannot be reached or read, has no column `target`, or has changed.
+        DataError: if it cannot be read, or has changed.
     """
 
     def __init__(
         self,
+        source: StreamSource,
         config: StreamConfig,
         *,
+        seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         state: dict[str, Any] | None = None,
-        logs: bool = True,
+        logs: bool = False,
     ) -> None:
-        from datasets.distributed import split_dataset_by_node
-
         self.path = config.path
-        self._log_level = logging.INFO if logs else logging.DEBUG
-        self._dataset = split_dataset_by_node(open_rows(config), rank, world_size)
-        self._num_lanes = min(MAX_LANES, self._dataset.num_shards)
-        self._lanes = [self._open_lane(number) for number in range(self._num_lanes)]
-        self.turn = 0
-        self.last_drops: dict[str, int] = {}
-        """Series that were not used when a lane was last read to its end, by reason."""
+        self.epoch = 0
+        self.tally = Tally(0, Counter())
+        self.last_epoch: Tally | None = None
+        """The last epoch from its start to its end."""
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._logs, self._logged_at = logs, -_SECONDS_BETWEEN_LINES
+        self._rows = source.rows
+        if self._rows.num_shards < world_size * MAX_LANES:
+            with reading_errors(self.path):
+                # Parquet files come apart into their row groups; other files stay whole.
+                self._rows = self._rows.reshard()
+        self.has_shard_for_each = self._rows.num_shards >= world_size
+        per_rank = self._rows.num_shards // (world_size if self.has_shard_for_each else 1)
+        self._num_lanes = min(MAX_LANES, per_rank)
+        self._turn = 0
+        self._before_epoch = Tally.of(self.tally.state())
+        self._lanes = self._open_lanes()
         if state is not None:
             self._restore(state)
+        if logs and not self.has_shard_for_each:
+            logger.warning(
+                "%s: %d shards for %d ranks: every rank reads all rows and keeps one in %d, so that"
+                " %d times the data set is read; start no more ranks than there are shards, or "
+                "build a corpus",
+                self.path, self._rows.num_shards, world_size, world_size, world_size,
+            )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What is needed to go on from here, as JSON."""
-        return {"turn": self.turn, "lanes": [lane.state() for lane in self._lanes]}
+        return {
+            "epoch": self.epoch,
+            "turn": self._turn,
+            "tally": self.tally.state(),
+            "before_epoch": self._before_epoch.state(),
+            "lanes": [lane.state() for lane in self._lanes],
+        }
 
-    def next_row(self) -> tuple[int, int, int, list[SeriesRecord]]:
+    def next_row(self) -> list[SeriesRecord]:
         """Read one row, of the lane whose turn it is.
 
         Returns:
-            lane, epoch and number of the row in its lane, and its series: one per variate, none if
-            the row is bad. The epoch of a lane ends before its first row comes again.
+            its series: one per variate, none if the row is bad, which is counted. `epoch` is that
+            of the row.
 
         Raises:
-            DataError: if the data set cannot be read, or all lanes are empty.
+            DataError: if the data set cannot be read, or has no row.
         """
-        for _ in range(2 * self._num_lanes):
-            lane = self._lanes[self.turn % self._num_lanes]
-            self.turn += 1
-            table = self._advance(lane)
+        while True:
+            if all(lane.is_done for lane in self._lanes):
+                self._begin_epoch()
+            lane = self._lanes[self._turn % self._num_lanes]
+            self._turn += 1
+            if lane.is_done:
+                continue
+            with reading_errors(self.path):
+                table = lane.advance()
             if table is not None:
-                place = (lane.number, lane.epoch, lane.num_rows)
-                lane.num_rows += 1
-                return *place, self._read(lane, table, place[2])
-        raise DataError(f"{self.path}: the stream is empty; check split and path")
+                return self._read(lane, table)
 
-    @property
-    def epoch(self) -> int:
-        """Times that all of the data set has been read."""
-        return min(lane.epoch for lane in self._lanes)
+    def count(self, reason: str | None) -> None:
+        """Note that a series is used, or why it is not."""
+        if reason is None:
+            self.tally.used += 1
+        else:
+            self.tally.drops[reason] += 1
 
-    def count_drop(self, lane: int, reason: str) -> None:
-        """Note that a series of a lane is not used, and why."""
-        self._lanes[lane].drops[reason] += 1
+    def _begin_epoch(self) -> None:
+        if not any(lane.num_rows for lane in self._lanes):
+            share = f" for rank {self._rank} of {self._world_size}" if self._world_size > 1 else ""
+            raise DataError(
+                f"{self.path}: the stream has no row{share}; check stream.path and stream.split"
+                + (", or start fewer ranks" if share else "")
+            )
+        self.last_epoch = self.tally.since(self._before_epoch)
+        now = time.monotonic()
+        if self._logs and now - self._logged_at >= _SECONDS_BETWEEN_LINES:
+            self._logged_at = now
+            part = f"the part of rank 0 of {self._world_size}, " if self._world_size > 1 else ""
+            logger.info("%s: %sepoch %d: %s", self.path, part, self.epoch, self.last_epoch)
+        self.epoch += 1
+        self._before_epoch = Tally.of(self.tally.state())
+        self._lanes = self._open_lanes()
 
-    def _open_lane(self, number: int) -> _Lane:
-        lane = self._dataset.shard(num_shards=self._num_lanes, index=number)
-        return _Lane(rows=lane.with_format("arrow"), number=number)
+    def _open_lanes(self) -> list[_Lane]:
+        """Open all lanes at the start of the present epoch."""
+        from datasets.distributed import split_dataset_by_node
+
+        lanes = []
+        for number in range(self._num_lanes):
+            if self.has_shard_for_each:
+                rows = split_dataset_by_node(
+                    self._rows,
+                    rank=self._rank * self._num_lanes + number,
+                    world_size=self._world_size * self._num_lanes,
+                    strategy="shards",
+                )
+            else:
+                rows = split_dataset_by_node(
+                    self._rows.shard(num_shards=self._num_lanes, index=number),
+                    # Another rank has the first row in each lane, should lanes have few.
+                    rank=(self._rank + number) % self._world_size,
+                    world_size=self._world_size,
+                    strategy="examples",
+                )
+            rows = rows.with_format("arrow")
+            if self._seed is not None:
+                # `datasets` shuffles shards by the number of the epoch, from 1 on.
+                key = int(order_key(f"shards in epoch {self.epoch}", self._seed))
+                rows.set_epoch(1 + key % 2**62)
+            lanes.append(_Lane(rows=rows, number=number))
+        return lanes
 
     def _restore(self, state: dict[str, Any]) -> None:
         if len(state["lanes"]) != self._num_lanes:
@@ -171,119 +241,24 @@ class SeriesStream:
                 f"{self.path}: had {len(state['lanes'])} shards to read in turn and has "
                 f"{self._num_lanes} now; the data set has changed: begin another run="
             )
-        self.turn = state["turn"]
+        self.epoch, self._turn = state["epoch"], state["turn"]
+        self.tally, self._before_epoch = map(Tally.of, (state["tally"], state["before_epoch"]))
+        self._lanes = self._open_lanes()
         for lane, saved in zip(self._lanes, state["lanes"], strict=True):
-            lane.epoch, lane.num_rows = saved["epoch"], saved["num_rows"]
-            lane.drops = Counter(saved["drops"])
+            lane.num_rows, lane.is_done = saved["num_rows"], saved["is_done"]
             lane.restored = saved["rows"]
 
-    def _advance(self, lane: _Lane) -> Any:  # Any: a one-row Arrow table, or None at the end
-        with reading_errors(self.path):
-            if lane.iterator is None:
-                if lane.restored is not None:
-                    lane.rows.load_state_dict(lane.restored)
-                    lane.restored = None
-                lane.iterator = iter(lane.rows)
-            table = next(lane.iterator, None)
-        if table is None:
-            logger.log(
-                self._log_level,
-                "%s: part %d has come to its end, epoch %d, %d rows; not used: %s",
-                self.path, lane.number, lane.epoch, lane.num_rows,
-                ", ".join(f"{k} {v}" for k, v in sorted(lane.drops.items())) or "none",
-            )  # fmt: skip
-            self.last_drops = dict(lane.drops)
-            fresh = self._open_lane(lane.number)
-            fresh.epoch = lane.epoch + 1
-            self._lanes[lane.number] = fresh
-        return table
-
-    def _read(self, lane: _Lane, table: Any, row: int) -> list[SeriesRecord]:
-        name = Path(self.path).name
-        reader = RowReader(where=self.path, name=f"{name}_{lane.number}", first_row=row)
+    def _read(self, lane: _Lane, table: Any) -> list[SeriesRecord]:
+        name = f"{Path(self.path).stem}_{lane.number}"
+        reader = RowReader(where=self.path, name=name, first_row=lane.num_rows - 1)
         records = []
         for batch in table.to_batches():
             for item in reader.read(batch):
                 if isinstance(item, Drop):
-                    self.count_drop(lane.number, item.reason)
+                    self.count(item.reason)
                 else:
                     records.append(item)
         return records
-
-
-def open_rows(config: StreamConfig) -> datasets.IterableDataset:
-    """Open the whole data set as a stream.
-
-    Raises:
-        ConfigError: if a saved data set has no such split.
-        DataError: if it cannot be reached, or has no column `target`.
-    """
-    import datasets
-
-    with reading_errors(config.path):
-        folder = Path(config.path)
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-            rows = _open_saved(folder, config.split)
-        else:
-            rows = datasets.load_dataset(
-                config.path,
-                config.name,
-                split=config.split,
-                revision=config.revision,
-                streaming=True,
-            )
-        names = rows.column_names
-    if names is not None and TARGET not in names:
-        raise DataError(
-            f"{config.path}: no column {TARGET!r} with the values of a series; columns: "
-            f"{', '.join(names)}; build a corpus from it instead"
-        )
-    return rows
-
-
-def fingerprint(config: StreamConfig, rows: datasets.IterableDataset) -> str:
-    """Identify the data set by what its definition says; its content is not read."""
-    identity = [
-        config.path,
-        config.name,
-        config.split,
-        config.revision,
-        config.train_fraction,
-        rows.num_shards,
-        None if rows.features is None else str(rows.features),
-    ]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-@contextmanager
-def reading_errors(path: str) -> Iterator[None]:
-    """Turn what `datasets` and the network raise into one line."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except (ConfigError, DataError):
-        raise
-    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{path}: cannot be streamed through `datasets` ({reason}); check stream.path, "
-            f"stream.name, stream.split and the network, and log in if it is private"
-        ) from error
-
-
-def _open_saved(folder: Path, split: str) -> datasets.IterableDataset:
-    import datasets
-
-    saved = datasets.load_from_disk(str(folder))
-    if not isinstance(saved, datasets.Dataset):
-        if split not in saved:
-            raise ConfigError(
-                f"stream.split: {folder} has no split {split!r}; splits: {', '.join(saved)}"
-            )
-        saved = saved[split]
-    return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved))))
 
 
 def unusable(values: np.ndarray, train_length: int, patch_length: int) -> str | None:

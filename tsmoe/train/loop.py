@@ -150,6 +150,7 @@ def _train(
                     since = training.log_every_steps * training.global_batch_size
                     begun_at = max(0, windows_seen - since)
                     record.mixed(step, data.source_shares(begun_at, windows_seen))
+                    record.streamed(step, data.stream_counts((done - first_step) * passes, ranks))
                 is_stopping, is_any_rank_writing = (count > 0 for count in report.flags)
                 is_last = is_stopping or done == training.steps
                 if saver.is_pending and not is_any_rank_writing:

@@ -106,6 +106,13 @@ class MetricsWriter:
         largest = sorted(shares, key=lambda name: -shares[name])[:SOURCES_SHOWN]
         self._write_scalars(step, {f"sources/{name}": shares[name] for name in largest})
 
+    def write_stream(self, step: int, counts: Mapping[str, Any]) -> None:
+        """Record the epoch of a stream, and the series used and left out since its beginning."""
+        self._write_line({"step": step, "stream": dict(counts)})
+        dropped = sum(counts["drops"].values())
+        scalars = {"epoch": counts["epoch"], "series_used": counts["used"], "dropped": dropped}
+        self._write_scalars(step, {f"stream/{name}": value for name, value in scalars.items()})
+
     def write_validation(self, step: int, loss: float) -> None:
         """Record the validation loss after a step."""
         self._write_line({"step": step, "loss/validation": loss})

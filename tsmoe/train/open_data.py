@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.shards.reader import Corpus
 from data_pipeline.shards.verify import verify_changed
@@ -21,6 +22,8 @@ from tsmoe.ranks import Ranks
 from tsmoe.train.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,23 @@ class RunData:
             return {}
         return self.training.source_shares(begin, end)
 
+    def stream_counts(self, num_batches: int, ranks: Ranks) -> dict[str, Any]:
+        """Epoch, and series used and not used up to there, of all ranks; empty for a corpus.
+
+        As of the blocks that the batches so far are from. Collective where the run streams.
+        """
+        if not isinstance(self.training, StreamBatches):
+            return {}
+        of_ranks = ranks.gather(self.training.counts_after(num_batches))
+        drops: Counter[str] = Counter()
+        for counts in of_ranks:
+            drops.update(counts["drops"])
+        return {
+            "epoch": min(counts["epoch"] for counts in of_ranks),
+            "used": sum(counts["used"] for counts in of_ranks),
+            "drops": dict(sorted(drops.items())),
+        }
+
     def stream_positions(self, num_batches: int, ranks: Ranks) -> list[dict[str, Any]] | None:
         """Where each rank stands in its stream after so many batches; None for a corpus.
 
@@ -70,17 +90,8 @@ def open_source(config: RunConfig, ranks: Ranks) -> Corpus | Streamed:
         if config.data.verifies_corpus:
             _verify(corpus, ranks)
         return corpus
-    streamed = Streamed(config.stream)
-    if ranks.is_first:
-        if config.corpus is not None:
-            logger.info("streaming %s; corpus=%s is not read", streamed.path, config.corpus)
-        if streamed.num_shards % ranks.size:
-            logger.warning(
-                "%s has %d shards for %d ranks: every rank reads all rows and uses a part of them; "
-                "use a number of ranks that divides the shards, or build a corpus",
-                streamed.path, streamed.num_shards, ranks.size,
-            )  # fmt: skip
-    return streamed
+    stream = config.stream
+    return _on_all(ranks, lambda: Streamed(stream))
 
 
 def check_stream(config: RunConfig, ranks: Ranks, folder: object, meta: CheckpointMeta) -> None:
@@ -127,26 +138,40 @@ def open_data(
     )
     if isinstance(source, Corpus):
         return _open_corpus(config, source, ranks, patch_mask, first_window)
+    position = None if positions is None else positions[ranks.rank]
+    return _on_all(
+        ranks, lambda: _open_stream(config, source, ranks, patch_mask, first_window, position)
+    )
+
+
+def _open_stream(
+    config: RunConfig,
+    streamed: Streamed,
+    ranks: Ranks,
+    patch_mask: PatchMask,
+    first_window: int,
+    position: dict[str, Any] | None,
+) -> RunData:
     training = StreamBatches(
-        source,
+        streamed,
         seed=config.seed,
-        window_length=model.window_length,
+        window_length=config.model.window_length,
         patch_mask=patch_mask,
         mixup_share=config.data.mixup_share,
         micro_batch_size=config.training.micro_batch_size,
         ranks=ranks,
         first_window=first_window,
-        position=None if positions is None else positions[ranks.rank],
+        position=position,
     )
     validation = stream_validation(
-        source,
-        window_length=model.window_length,
-        patch_length=model.patch_length,
+        streamed,
+        window_length=config.model.window_length,
+        patch_length=config.model.patch_length,
         max_windows=config.data.max_validation_windows,
         batch_size=config.training.micro_batch_size,
         ranks=ranks,
     )
-    return RunData(source, training, [batch.to(ranks.device) for batch in validation])
+    return RunData(streamed, training, [batch.to(ranks.device) for batch in validation])
 
 
 def _open_corpus(
@@ -202,6 +227,26 @@ def _open_corpus(
     )
     held = [validation[i].to(ranks.device) for i in range(len(validation))]
     return RunData(corpus=corpus, training=training, validation=held)
+
+
+def _on_all(ranks: Ranks, make: Callable[[], T]) -> T:
+    """Make something on every rank; where one cannot, all end, and none waits for it. Collective.
+
+    Raises:
+        DataError: if this rank could not, or another.
+    """
+    outcome: T | DataError
+    try:
+        outcome = make()
+    except DataError as error:
+        outcome = error
+    errors = ranks.gather(str(outcome) if isinstance(outcome, DataError) else None)
+    if isinstance(outcome, DataError):
+        raise outcome
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise DataError(f"rank {rank} says: {text}")
+    return outcome
 
 
 def _verify(corpus: Corpus, ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tsmoe.moe.routers import AnyRouter
 from tsmoe.ranks import Ranks
@@ -70,6 +71,11 @@ class RunRecord:
         """Record in which shares the sources were seen up to a step, where that is known."""
         if self._writer is not None and source_shares:
             self._writer.write_sources(step, source_shares)
+
+    def streamed(self, step: int, counts: Mapping[str, Any]) -> None:
+        """Record how far a stream was read up to a step, where there is one."""
+        if self._writer is not None and counts:
+            self._writer.write_stream(step, counts)
 
     def validated(self, step: int, loss: float) -> None:
         """Record the validation loss after a step."""

@@ -11,7 +11,7 @@ from typing import Any
 from tsmoe.checkpoint.saver import CheckpointConfig
 from tsmoe.config import Section, decode, merge_layers, parse_override, read_yaml
 from tsmoe.data.loader import DataConfig
-from tsmoe.data.stream_rows import StreamConfig
+from tsmoe.data.stream_source import StreamConfig
 from tsmoe.engine import EngineConfig, PlainEngineConfig
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
 from tsmoe.engine.optimizer import OptimizerConfig
