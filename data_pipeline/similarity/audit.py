@@ -82,6 +82,7 @@ class _Evaluation:
         self.ends = np.cumsum(lengths).tolist()
         self.lengths = lengths[1:]
         self.values = np.concatenate(parts)
+        del parts  # the tables are in memory once
         long = np.flatnonzero(self.lengths >= WINDOW).tolist()
         short = np.flatnonzero((self.lengths >= MIN_WINDOW) & (self.lengths < WINDOW)).tolist()
         self.probes = [

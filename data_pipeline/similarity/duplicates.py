@@ -8,7 +8,7 @@ Exact copies are all found. Near duplicates are proposed by shared anchors and d
 values: a pair is proposed with probability 1 - exp(-n), where n is the number of windows they
 share times the share of windows that are anchors of the longer one, from 1/64 to 1024/length. Two
 series that share most of their windows are missed once in 100,000 pairs or less; a series of 1,000
-steps within one of 60,000 is found for certain, within one of 6 million only now and then. Series
+steps within one of 60,000 is missed once in a million, within one of 6 million mostly. Series
 shorter than a window, or without an informative one, have no anchors: only exact copies of them
 are found.
 
