@@ -124,6 +124,8 @@ class _Evaluation:
                 report.too_short += 1
             elif checked[variate] == 0:
                 report.unchecked += 1
+        for report in self.reports:
+            report.trim()
         return self.reports
 
     def _verify(

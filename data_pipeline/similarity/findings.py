@@ -52,14 +52,14 @@ class TableReport:
     overlaps: list[Overlap] = field(default_factory=list)
 
     def add(self, overlap: Overlap) -> None:
-        """Enter an overlap; keeps the longest ones, longest first."""
+        """Enter an overlap; of very many only the longest are kept."""
         self.num_overlaps += 1
         self.overlaps.append(overlap)
         if len(self.overlaps) > 2 * OVERLAPS_KEPT:
             self.trim()
 
     def trim(self) -> None:
-        """Sort, and keep the longest only."""
+        """Sort by length, the longest first, and keep no more than `OVERLAPS_KEPT`."""
         self.overlaps = heapq.nlargest(
             OVERLAPS_KEPT, self.overlaps, key=lambda overlap: overlap.steps
         )

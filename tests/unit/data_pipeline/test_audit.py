@@ -169,6 +169,15 @@ def test_overlaps_over_many_shards(audit_of) -> None:
     assert all(overlap.steps == 1_000 for overlap in report.tables[0].overlaps)
 
 
+def test_longest_overlaps_are_kept_and_all_are_counted(audit_of, monkeypatch) -> None:
+    monkeypatch.setattr("data_pipeline.similarity.findings.OVERLAPS_KEPT", 2)
+    values = walk(2_000)
+    (table,) = audit_of([values[:steps] for steps in range(200, 1_400, 100)], {"x": values}).tables
+    assert [overlap.steps for overlap in table.overlaps] == [1_300, 1_200]
+    assert table.num_overlaps == 12
+    assert table.found == 20
+
+
 def test_popular_hashes_are_compared_without_comparing_all(audit_of, monkeypatch) -> None:
     """Zigzags all have one hash; only those with like values may be compared."""
     from data_pipeline.similarity import audit as module
