@@ -174,6 +174,12 @@ class StreamBatches:
                     series.append(number)
         order = np.random.default_rng([int(self._key), block.number]).permutation(len(series))
         block.values, block.series = [values[i] for i in order], [series[i] for i in order]
+        if block.dealt > len(series):
+            raise DataError(
+                f"{self.streamed.path}: {block.dealt} windows of block {block.number} were dealt "
+                f"before, but it has {len(series)} now; the data set has changed: begin another "
+                "run=, and pin stream.revision"
+            )
         self.streamed.remember(names)
 
     def _starts(self, usable: int, number: int) -> list[int]:

@@ -85,6 +85,14 @@ def test_goes_on_with_the_next_window(folder, at) -> None:
     assert torch.equal(third[0].values_BCL, ahead[0].values_BCL)
 
 
+def test_position_beyond_its_block_is_refused(folder) -> None:
+    position = batches_of(stream(folder)).position_after(0) | {"dealt": 1000}
+    with pytest.raises(
+        DataError, match=r"1000 windows of block 0 were dealt.*data set has changed"
+    ):
+        batches_of(stream(folder), position=position)
+
+
 def test_seed_and_epoch_change_the_windows(folder) -> None:
     first, same, other = (batches_of(stream(folder), seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first[0].values_BCL, same[0].values_BCL)
