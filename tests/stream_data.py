@@ -12,6 +12,7 @@ NUM_SERIES = 24
 
 def write_stream(folder: Path) -> Path:
     """Write series i as 1000 * i + step, of 100 + 10 * i steps, into some files."""
+    folder.mkdir(exist_ok=True)
     for file in range(FILES):
         numbers = range(file, NUM_SERIES, FILES)
         rows = {

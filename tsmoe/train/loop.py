@@ -260,9 +260,11 @@ def _check_resumable(
     config: RunConfig, corpus: Corpus | Streamed, folder: Path, meta: CheckpointMeta
 ) -> None:
     check_same_model(meta, encode(config), folder)
-    if meta.corpus_fingerprint != corpus.fingerprint:
-        raise CheckpointError(
-            f"{folder}: trained on a corpus with fingerprint {meta.corpus_fingerprint[:12]}, but "
-            f"{corpus.path} has {corpus.fingerprint[:12]}; use that corpus, or another run="
-        )
     check_same_order(config, folder, meta)
+    if meta.corpus_fingerprint != corpus.fingerprint:
+        what = "corpus" if config.stream is None else "stream"
+        hint = "" if config.stream is None else " (its files are others now; pin stream.revision)"
+        raise CheckpointError(
+            f"{folder}: trained on a {what} with fingerprint {meta.corpus_fingerprint[:12]}, but "
+            f"{corpus.path} has {corpus.fingerprint[:12]}{hint}; use that {what}, or another run="
+        )

@@ -20,6 +20,15 @@ _OF_ORDER = (
     "packs_short_series",
     "resident_shards",
 )
+_OF_STREAM_ORDER = (
+    "path",
+    "name",
+    "split",
+    "revision",
+    "train_fraction",
+    "windows_per_series",
+    "mixed_windows",
+)
 
 
 def check_same_order(config: RunConfig, folder: Path, meta: CheckpointMeta) -> None:
@@ -32,7 +41,11 @@ def check_same_order(config: RunConfig, folder: Path, meta: CheckpointMeta) -> N
     found: list[tuple[str, Any, Any]] = [("seed", saved["seed"], wanted["seed"])]
     # A setting that is younger than the checkpoint had its default then.
     saved_data = encode(DataConfig()) | saved["data"]
-    found.append(("stream", saved.get("stream"), wanted["stream"]))
+    if config.stream is not None:
+        found += [
+            (f"stream.{key}", saved["stream"].get(key), wanted["stream"][key])
+            for key in _OF_STREAM_ORDER
+        ]
     found += [(f"data.{key}", saved_data[key], wanted["data"][key]) for key in _OF_ORDER]
     before, now = (_begun(data["curriculum"], meta.step) for data in (saved_data, wanted["data"]))
     found.append(("data.curriculum", before, now))

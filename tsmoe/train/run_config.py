@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tsmoe.models import ModelConfig
 from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
 from tsmoe.train.schedule import BalanceConfig, ScheduleConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +68,8 @@ class TrainingConfig(Section):
         return self.global_batch_size // (self.micro_batch_size * world_size)
 
 
-_OF_A_CORPUS = (
-    "source_weights",
-    "domain_caps",
-    "curriculum",
-    "packs_short_series",
-    "resident_shards",
-)
+# Settings of `data` that a stream heeds too; all others speak of a corpus.
+_OF_A_STREAM = ("mixup_share", "num_workers", "max_validation_windows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +81,8 @@ class RunConfig(Section):
     corpus: str | None = None
     """Folder or URL of the corpus, made by `tsmoe data build`."""
     stream: StreamConfig | None = None
-    """Train on a data set of the hub as it comes; then `corpus` is not read, whoever set it."""
+    """Train on a data set of the hub as it comes, in place of a corpus. Given over a preset or file
+    with a corpus it takes its place, and the other way round; both at once are refused."""
     seed: int = 0
     model: ModelConfig = field(default_factory=TimeTrackerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -112,13 +111,19 @@ class RunConfig(Section):
             )
 
     def _check_streamable(self) -> None:
-        """Refuse what needs to know all series ahead."""
-        for name in _OF_A_CORPUS:
-            value = getattr(self.data, name)
-            if value:
+        """Refuse what a stream would not heed, as it cannot know all series ahead."""
+        assert self.stream is not None
+        if self.corpus is not None:
+            raise ValueError(
+                f"corpus is {self.corpus} and stream.path is {self.stream.path}; a run is trained "
+                "on one of them: leave the other out, or set it to null"
+            )
+        for setting in fields(self.data):
+            value = getattr(self.data, setting.name)
+            if setting.name not in _OF_A_STREAM and value != getattr(DataConfig(), setting.name):
                 raise ValueError(
-                    f"data.{name} is {value}, but stream is set: only the windows of a corpus can "
-                    "be mixed, packed or kept to some shards; build one, or leave that out"
+                    f"data.{setting.name} is {value}, but stream is set, and that is for the "
+                    "windows of a corpus; build one, or leave that out"
                 )
         if self.data.num_workers > 1:
             raise ValueError(
@@ -204,5 +209,11 @@ def resolve(name_or_path: str, overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: one line that names the keys.
     """
-    layers = [read_preset(name_or_path), *map(parse_override, overrides)]
-    return decode(RunConfig, merge_layers(*layers), origin=name_or_path)
+    preset, given = read_preset(name_or_path), [parse_override(text) for text in overrides]
+    for wanted, other in (("stream", "corpus"), ("corpus", "stream")):
+        # As with the variants of a section: what belongs to the other one goes.
+        is_given = {key: merge_layers(*given).get(key) is not None for key in (wanted, other)}
+        if is_given[wanted] and not is_given[other] and preset.get(other) is not None:
+            logger.info("%s is given: %s of %s is left out", wanted, other, name_or_path)
+            preset = preset | {other: None}
+    return decode(RunConfig, merge_layers(preset, *given), origin=name_or_path)

@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from tsmoe.config import decode, encode
 from tsmoe.engine import PlainEngineConfig
@@ -116,3 +117,28 @@ def test_dense_model_has_no_experts_to_spread() -> None:
 def test_impossible_settings_are_refused_by_name(settings: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         TrainingConfig(**settings)
+
+
+def test_stream_takes_the_place_of_a_preset_s_corpus_and_that_is_said(tmp_path, caplog) -> None:
+    with caplog.at_level("INFO"):
+        config = resolve("time_tracker_tiny", ["stream.path=a/b", "stream.name=c"])
+    assert (config.corpus, config.stream.path, config.stream.name) == (None, "a/b", "c")
+    assert "stream is given: corpus of time_tracker_tiny is left out" in caplog.text
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(yaml.safe_dump(encode(config)))
+    assert resolve(str(saved), []) == config
+    assert resolve(str(saved), ["stream.revision=d"]).stream.revision == "d"
+    back = resolve(str(saved), ["corpus=mine"])
+    assert (back.corpus, back.stream) == ("mine", None)
+
+
+def test_corpus_and_stream_at_once_are_refused(tmp_path) -> None:
+    words = "corpus is mine and stream.path is a/b; a run is trained on one of them"
+    with pytest.raises(ConfigError, match=words):
+        resolve("time_tracker_tiny", ["corpus=mine", "stream.path=a/b"])
+    both = tmp_path / "both.yaml"
+    both.write_text("run: r\ncorpus: mine\nstream: {path: a/b}\n")
+    with pytest.raises(ConfigError, match=words):
+        resolve(str(both), [])
+    with pytest.raises(ConfigError, match=words):
+        resolve(str(both), ["seed=1"])
