@@ -7,10 +7,12 @@ torch.distributed who it is.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,94 @@ from torch import Tensor
 from tsmoe.errors import ConfigError
 
 DEFAULT_TIMEOUT_SECONDS = 600
+
+CollectiveKind = Literal["all_to_all_counts", "all_to_all", "all_reduce"]
+
+
+class ExchangeLabel(NamedTuple):
+    """Which rows an exchange moves."""
+
+    layer: int
+    """Index of the layer in the stack."""
+    direction: Literal["to_experts", "from_experts", "gradient_to_experts", "gradient_from_experts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommunicationRecord:
+    """What one kind of collective did under one label since the last look."""
+
+    kind: CollectiveKind
+    label: ExchangeLabel | None
+    """None: of no layer."""
+    calls: int
+    bytes_out: int
+    """Sent to *other* ranks; of an all-reduce what a ring sends, 2 (n - 1) / n of its size."""
+    rows_out: int
+    """Rows sent to other ranks; 0 where nothing is counted in rows."""
+    seconds: float
+    """Waited for: wall time on CPU; on CUDA what the compute stream stood still."""
+
+
+class CommunicationMeter:
+    """Adds up what this process sent to others and how long it waited for them.
+
+    On CUDA times are events that `take` reads, and only `take` waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[CollectiveKind, ExchangeLabel | None], list[float]] = {}
+        self._events: list[tuple[list[float], torch.cuda.Event, torch.cuda.Event]] = []
+
+    def record(
+        self,
+        kind: CollectiveKind,
+        label: ExchangeLabel | None = None,
+        *,
+        calls: int = 1,
+        bytes_out: int = 0,
+        rows_out: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Add to the sums of a kind and label."""
+        sums = self._sums.setdefault((kind, label), [0, 0, 0, 0.0])
+        for place, value in enumerate((calls, bytes_out, rows_out, seconds)):
+            sums[place] += value
+
+    @contextmanager
+    def waiting(
+        self, kind: CollectiveKind, label: ExchangeLabel | None, device: torch.device
+    ) -> Iterator[None]:
+        """Add the time that the body waits; its call is counted where it is issued."""
+        self.record(kind, label, calls=0)
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._sums[kind, label][3] += time.perf_counter() - start
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._events.append((self._sums[kind, label], begin, end))
+
+    def take(self) -> list[CommunicationRecord]:
+        """Return the sums and start anew; on CUDA this waits for what has been issued."""
+        for sums, begin, end in self._events:
+            end.synchronize()
+            sums[3] += begin.elapsed_time(end) / 1000
+        records = [
+            CommunicationRecord(
+                kind=kind,
+                label=label,
+                calls=int(calls),
+                bytes_out=int(bytes_out),
+                rows_out=int(rows_out),
+                seconds=seconds,
+            )
+            for (kind, label), (calls, bytes_out, rows_out, seconds) in self._sums.items()
+        ]
+        self._sums, self._events = {}, []
+        return records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +121,10 @@ class Ranks:
     group: Any = None
     """Handle of torch.distributed (it has no public type); None means the whole world."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    meter: CommunicationMeter | None = None
+    """Told of each collective; None: nothing is measured."""
+    wire_dtype: torch.dtype | None = None
+    """Type in which rows of activations and gradients travel between ranks; None: their own."""
 
     @property
     def is_first(self) -> bool:
@@ -40,7 +134,12 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the group, in place; every rank of the group must call it."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            with self._waiting("all_reduce", None, tensor.device):
+                dist.all_reduce(tensor, group=self.group)
+            if self.meter is not None:
+                size = tensor.numel() * tensor.element_size()
+                share = 2 * (self.size - 1) / self.size
+                self.meter.record("all_reduce", bytes_out=round(share * size))
         return tensor
 
     def barrier(self) -> None:
@@ -56,24 +155,84 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def all_to_all(self, rows: Tensor, *, send: Iterable[int], receive: Iterable[int]) -> Tensor:
-        """Send consecutive rows to each rank and return what came, in rank order.
+    def exchange_counts(self, counts_E: Tensor, label: ExchangeLabel | None = None) -> Tensor:
+        """Send each rank its equal share of the counts; return theirs for this one, by rank."""
+        received_E = torch.empty_like(counts_E)
+        with self._waiting("all_to_all_counts", label, counts_E.device):
+            dist.all_to_all_single(received_E, counts_E, group=self.group)
+        if self.meter is not None:
+            others = counts_E.numel() * (self.size - 1) // self.size
+            bytes_out = others * counts_E.element_size()
+            self.meter.record("all_to_all_counts", label, bytes_out=bytes_out)
+        return received_E
+
+    def start_all_to_all(
+        self,
+        rows: Tensor,
+        *,
+        send: Sequence[int],
+        receive: Sequence[int],
+        label: ExchangeLabel | None = None,
+    ) -> PendingRows:
+        """Start to send consecutive rows to each rank; `wait` returns what came, in rank order.
+
+        Every rank of the group must call it, and wait, in the same order.
 
         Args:
-            rows: any dtype; the first `send[0]` rows go to rank 0, and so on.
+            rows: floating; the first `send[0]` rows go to rank 0, and so on.
             send: rows for each rank.
             receive: rows that each rank has for this one.
+            label: what to tell the meter.
         """
-        receive = list(receive)
+        dtype = rows.dtype
+        rows = rows.to(self.wire_dtype or dtype).contiguous()
         got = rows.new_empty((sum(receive), *rows.shape[1:]))
-        dist.all_to_all_single(
+        work = dist.all_to_all_single(
             got,
-            rows.contiguous(),
-            output_split_sizes=receive,
+            rows,
+            output_split_sizes=list(receive),
             input_split_sizes=list(send),
             group=self.group,
+            async_op=True,
         )
-        return got
+        if self.meter is not None:
+            rows_out = sum(send) - send[self.rank]
+            bytes_out = rows_out * rows.shape[1:].numel() * rows.element_size()
+            self.meter.record("all_to_all", label, bytes_out=bytes_out, rows_out=rows_out)
+        return PendingRows(self, work, sent=rows, got=got, dtype=dtype, label=label)
+
+    @contextmanager
+    def _waiting(
+        self, kind: CollectiveKind, label: ExchangeLabel | None, device: torch.device
+    ) -> Iterator[None]:
+        if self.meter is None:
+            yield
+        else:
+            with self.meter.waiting(kind, label, device):
+                yield
+
+
+class PendingRows:
+    """Rows on their way between ranks; what is sent must not change until they have come."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        work: dist.Work,
+        *,
+        sent: Tensor,
+        got: Tensor,
+        dtype: torch.dtype,
+        label: ExchangeLabel | None,
+    ) -> None:
+        self._ranks, self._work = ranks, work
+        self._sent, self._got, self._dtype, self._label = sent, got, dtype, label
+
+    def wait(self) -> Tensor:
+        """Return the rows that came, in the type of those that were sent."""
+        with self._ranks._waiting("all_to_all", self._label, self._got.device):
+            self._work.wait()
+        return self._got.to(self._dtype)
 
 
 def launched_world_size() -> int:

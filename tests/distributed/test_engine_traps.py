@@ -73,7 +73,7 @@ def wait_for_a_lost_rank(config: RunConfig, over: str) -> tuple[float, str]:
             time.sleep(0.05)
         return 0.0, ""
     try:
-        experts.ranks.all_to_all(torch.ones(2), send=[1, 1], receive=[1, 1])
+        experts.ranks.start_all_to_all(torch.ones(2), send=[1, 1], receive=[1, 1]).wait()
     except RuntimeError as error:
         return time.monotonic() - begun, str(error)
     finally:

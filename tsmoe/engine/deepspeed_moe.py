@@ -59,6 +59,7 @@ def expert_ranks(world: Ranks, expert_parallel_size: int) -> Ranks:
         local_rank=world.local_rank,
         group=groups._get_expert_parallel_group(name),
         device=world.device,
+        meter=world.meter,
     )
 
 

@@ -68,7 +68,7 @@ def run_experts(tokens_BCND: Tensor, routing: Routing, experts: Experts) -> Tens
 def _run_remote(rows_RD: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
     """Exchange rows with the ranks that hold their experts."""
     ranks, local = experts.ranks, experts.num_local_experts
-    received_E = ranks.all_to_all(counts_E, send=[local] * ranks.size, receive=[local] * ranks.size)
+    received_E = ranks.exchange_counts(counts_E)
     send = counts_E.unflatten(0, (ranks.size, local)).sum(1).tolist()
     received = received_E.unflatten(0, (ranks.size, local)).tolist()
     receive = [sum(counts) for counts in received]
@@ -95,12 +95,13 @@ class _AllToAll(Function):
         ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int], ranks: Ranks
     ) -> Tensor:
         ctx.route = send, receive, ranks
-        return ranks.all_to_all(rows_RD, send=send, receive=receive)
+        return ranks.start_all_to_all(rows_RD, send=send, receive=receive).wait()
 
     @staticmethod
     def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None, None]:
         send, receive, ranks = ctx.route
-        return ranks.all_to_all(gradient_RD, send=receive, receive=send), None, None, None
+        pending = ranks.start_all_to_all(gradient_RD, send=receive, receive=send)
+        return pending.wait(), None, None, None
 
 
 class _Take(Function):
