@@ -10,8 +10,12 @@ FILES = 6
 NUM_SERIES = 24
 
 
-def write_stream(folder: Path) -> Path:
-    """Write series i as 1000 * i + step, of 100 + 10 * i steps, into some files."""
+def write_stream(folder: Path, *, is_random: bool = False) -> Path:
+    """Write series i as 1000 * i + step, of 100 + 10 * i steps, into some files.
+
+    A model sees no difference between these; random ones show in the losses which came when.
+    """
+    generator = np.random.default_rng(0)
     folder.mkdir(exist_ok=True)
     for file in range(FILES):
         numbers = range(file, NUM_SERIES, FILES)
@@ -19,7 +23,10 @@ def write_stream(folder: Path) -> Path:
             "item_id": [f"Web_set_{number}" for number in numbers],
             "freq": ["H"] * len(numbers),
             "target": [
-                np.arange(100 + 10 * number, dtype=np.float32) + 1000 * number for number in numbers
+                generator.normal(size=100 + 10 * number).astype(np.float32)
+                if is_random
+                else np.arange(100 + 10 * number, dtype=np.float32) + 1000 * number
+                for number in numbers
             ],
         }
         pq.write_table(pa.table(rows), folder / f"data-{file:05d}.parquet")

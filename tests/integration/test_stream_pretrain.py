@@ -23,7 +23,7 @@ from tsmoe.train.run_config import RunConfig
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return write_stream(tmp_path_factory.mktemp("stream"))
+    return write_stream(tmp_path_factory.mktemp("stream"), is_random=True)
 
 
 def config_of(folder: Path, run: Path, *, steps: int, **data: object) -> RunConfig:
@@ -82,7 +82,7 @@ def test_two_ranks_go_on_and_another_number_is_refused(folder, tmp_path) -> None
 
 
 def test_other_stream_is_refused_by_the_setting_or_the_files_that_differ(folder, tmp_path) -> None:
-    data = write_stream(tmp_path / "data")
+    data = write_stream(tmp_path / "data", is_random=True)
     run = tmp_path / "run"
     assert pretrain(config_of(data, run, steps=4)) is Outcome.DONE
 
@@ -152,7 +152,7 @@ def saved_step(run: Path) -> int:
 
 
 def test_what_is_left_out_stands_in_the_metrics(tmp_path) -> None:
-    data = write_stream(tmp_path / "data")
+    data = write_stream(tmp_path / "data", is_random=True)
     rows = pa.table({"target": pa.array([[1.0] * 300, None, [0.0, 1.0]], pa.list_(pa.float32()))})
     pq.write_table(rows, data / "data-00006.parquet")
     run = tmp_path / "run"

@@ -10,6 +10,7 @@ Shapes: B windows, C variates (1), L points of a window.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,9 @@ from tsmoe.data.stream_source import StreamConfig, open_stream
 from tsmoe.errors import DataError
 from tsmoe.ranks import Ranks
 
+# A step may hold many blocks and more are read ahead: so many series can be named, of 100 bytes.
+_NAMES_KEPT = 65_536
+
 
 class Streamed:
     """What a stream has in place of a corpus: a name, an identity, and names of its series."""
@@ -39,16 +43,19 @@ class Streamed:
         self.config = config
         self.path = config.path
         self.fingerprint = self.source.fingerprint(config)
-        self._names: tuple[dict[int, str], dict[int, str]] = ({}, {})
+        self._names: dict[int, str] = {}
 
     def remember(self, names: dict[int, str]) -> None:
-        """Take note of the names of the series of a block; those of the last but one are gone."""
-        self._names = (names, self._names[0])
+        """Take note of the names of the series of a block; the oldest make room for them."""
+        self._names |= names
+        # Another thread may look a name up meanwhile: a new dictionary, not fewer keys in the old.
+        kept = max(_NAMES_KEPT, 2 * len(names))
+        if len(self._names) > kept:
+            self._names = dict(itertools.islice(self._names.items(), len(self._names) - kept, None))
 
     def item_id(self, series: int) -> str:
         """Name a series that was in one of the last batches."""
-        unknown = f"series {series} of {self.path}"
-        return next((names[series] for names in self._names if series in names), unknown)
+        return self._names.get(series, f"series {series} of {self.path}")
 
 
 class StreamBatches:

@@ -48,8 +48,11 @@ class StreamConfig(Section):
     """Series at the beginning of the stream whose ends are validated on."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"train_fraction must be in (0, 1], got {self.train_fraction}")
+        if not 0 < self.train_fraction < 1:
+            raise ValueError(
+                f"train_fraction must be above 0 and below 1, got {self.train_fraction}: the ends "
+                "of series are validated on"
+            )
         for name in ("windows_per_series", "mixed_windows", "validation_series"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -65,8 +68,9 @@ class StreamSource:
 
     def fingerprint(self, config: StreamConfig) -> str:
         """Identify the data set by its definition and its files; their content is not read."""
+        path = Path(config.path).expanduser()
         identity = [
-            config.path,
+            str(path.resolve()) if path.exists() else config.path,
             config.name,
             config.split,
             config.revision,
@@ -129,6 +133,9 @@ def reading_errors(path: str) -> Iterator[None]:
             hint = "check stream.path; if it is private or gated, log in with `hf auth login`"
         elif isinstance(error, ConnectionError) and datasets.config.HF_HUB_OFFLINE:
             hint = "check stream.path, and unset HF_HUB_OFFLINE, which forbids to ask the hub"
+        elif "BatchSize must be greater than 0" in reason:
+            # What Arrow says of a Parquet file whose first group of rows is empty.
+            hint = "one of its Parquet files has no rows: leave that file out"
         else:
             hint = "check stream.path, stream.name, stream.split and the network"
         raise DataError(f"{path}: cannot be streamed through `datasets` ({reason}); {hint}") from (

@@ -201,5 +201,34 @@ def test_identity_is_that_of_the_definition(folder) -> None:
     assert stream(folder).fingerprint != stream(folder, train_fraction=0.8).fingerprint
 
 
+def test_a_folder_has_one_identity_however_it_is_named(folder, monkeypatch) -> None:
+    absolute = stream(folder).fingerprint
+    monkeypatch.chdir(folder.parent)
+    assert stream(Path(folder.name)).fingerprint == absolute
+
+
+def test_series_of_all_batches_of_a_large_step_can_be_named(folder) -> None:
+    # One batch is of many blocks, and several are read before the first is trained on.
+    streamed = Streamed(StreamConfig(path=str(folder), mixed_windows=2))
+    batches = batches_of(streamed, micro_batch_size=16)
+    held = [batches[item] for item in range(4)]
+    for batch in held:
+        for series, window_CL in zip(batch.series_ids_B, batch.values_BCL, strict=True):
+            number = int(window_CL[0, -1]) // 1000
+            assert streamed.item_id(int(series)) == f"Web_set_{number}"
+
+
+def test_a_stream_without_a_part_to_validate_on_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train_fraction must be above 0 and below 1, got 1"):
+        StreamConfig(path="x", train_fraction=1.0)
+
+
+def test_a_file_without_rows_is_what_the_error_speaks_of(tmp_path) -> None:
+    empty = pa.table({"target": pa.array([], pa.list_(pa.float32()))})
+    pq.write_table(empty, tmp_path / "data-00000.parquet")
+    with pytest.raises(DataError, match=r"no rows: leave that file out"):
+        batches_of(stream(tmp_path))
+
+
 def test_shards_are_the_files(folder) -> None:
     assert stream(folder).source.rows.num_shards == FILES
