@@ -52,8 +52,8 @@ LAYERS = (
     ("moe",),
     ("heads", "models", "losses"),
     ("data", "checkpoint", "inference"),
-    ("engine",),
-    ("train", "evaluate", "plan"),
+    ("engine", "cost"),
+    ("train", "evaluate"),
     ("commands", "__main__"),
 )
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
