@@ -6,6 +6,7 @@ micro-batch and G pairs of a window and a series in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from tsmoe.losses import ErrorUnit, LossTerms, next_patch_loss, target_patches
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.nn.spans import NO_SERIES
 from tsmoe.ranks import Ranks
+from tsmoe.train.telemetry import StepCost, StepTelemetry
 
 # How many series an error names.
 _SERIES_NAMED = 5
@@ -32,12 +34,21 @@ class StepReport:
     """Mean over all points that counted, of all ranks and micro-batches."""
     num_points: int
     """Recorded points of the batch that were forecast, each counted once."""
+    num_tokens: int
+    """Tokens of the batch that are of a series."""
+    num_sequences: int
+    """Windows times variates of the batch: what the model's operations are counted by."""
     grad_norm: float
     lr: float
     load_ME: Tensor
     """Decisions for each expert of each layer, over all ranks and micro-batches, int64."""
+    margin_M: Tensor
+    """Mean over decisions of how far the last chosen expert was ahead of the next, float64; NaN
+    where every expert is chosen."""
     flags: tuple[int, ...]
     """The flags that the caller handed in, summed over ranks."""
+    cost_before: StepCost | None
+    """What the step before cost; None if that is not known or not measured."""
 
 
 def training_step(
@@ -51,6 +62,7 @@ def training_step(
     target_clip: float,
     series_name: Callable[[int], str],
     flags: Sequence[bool] = (),
+    telemetry: StepTelemetry | None = None,
 ) -> StepReport:
     """Do one step on this rank's micro-batches. Collective.
 
@@ -67,27 +79,90 @@ def training_step(
         target_clip: see there.
         series_name: names a series of the corpus in an error.
         flags: small facts of this rank that all want to know; they ride on a sum made anyway.
+        telemetry: measures the step; what the step before cost rides along.
 
     Raises:
         TrainingError: if loss or gradient is not finite; parameters are those before the step.
     """
     ranks = engine.ranks
     targets = [_targets(engine.model, batch) for batch in micro_batches]
-    # Where patches overlap, a point is the target of several tokens.
-    num_targets = sum(int(is_target.sum()) for _, is_target in targets)
-    after_first_patch = slice(engine.model.config.patch_length, None)
-    num_points = sum(int(b.is_target_BCL[..., after_first_patch].sum()) for b in micro_batches)
-    counts = ranks.sum(torch.tensor([num_targets, num_points], device=ranks.device))
-    num_targets, num_points = counts.tolist()
+    counts = ranks.sum(_counts(engine.model, micro_batches, targets, ranks.device))
+    sums = _forward_and_backward(
+        engine, micro_batches, targets, num_targets=counts[0], error_unit=error_unit,
+        target_clip=target_clip, telemetry=telemetry,
+    )  # fmt: skip
+    # One exchange for all; float64 keeps counts exact.
+    riding = telemetry.of_step_before() if telemetry is not None else []
+    extra = torch.tensor([*map(float, flags), *riding], dtype=torch.float64)
+    parts = (sums.error[None], sums.load_ME.flatten().double(), sums.margin_M,
+             extra.to(ranks.device))  # fmt: skip
+    summed = ranks.sum(torch.cat(parts))
+    # The only wait for the device before the update.
+    (num_targets, num_points, num_tokens, num_sequences), (error,), load, margin, extra = (
+        torch.cat((counts, summed)).cpu().split([len(counts), *map(len, parts)])
+    )
+    load_ME = load.long().reshape(sums.load_ME.shape)
     if num_targets == 0:
         raise TrainingError(
             f"step {step}: no point of the batch can be a target; check the corpus for gaps"
         )
+    if not torch.isfinite(error):
+        _stop("loss", step, ranks, micro_batches, sums.terms, series_name)
+    grad_norm = engine.update(lr=lr).grad_norm
+    if not math.isfinite(grad_norm):
+        _stop("gradient", step, ranks, micro_batches, sums.terms, series_name)
+    if balance_rate:
+        for router, load_E in zip(engine.model.routers(), load_ME.to(ranks.device), strict=True):
+            router.balance.update(load_E, rate=balance_rate)
+    return StepReport(
+        loss=error.item() / num_targets.item(),
+        num_points=int(num_points),
+        num_tokens=int(num_tokens),
+        num_sequences=int(num_sequences),
+        grad_norm=grad_norm,
+        lr=lr,
+        load_ME=load_ME,
+        margin_M=margin / load_ME.sum(-1),
+        flags=tuple(int(flag) for flag in extra[: len(flags)]),
+        cost_before=None if telemetry is None else telemetry.read(extra[len(flags) :].tolist()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PassSums:
+    """What the micro-batches of this rank gave."""
+
+    error: Tensor
+    """float64, a scalar: the sum of all point errors."""
+    load_ME: Tensor
+    margin_M: Tensor
+    """float64: the sum over decisions."""
+    terms: list[LossTerms]
+    """Detached, of each micro-batch."""
+
+
+def _forward_and_backward(
+    engine: Engine,
+    micro_batches: Sequence[WindowBatch],
+    targets: Sequence[tuple[Tensor, Tensor]],
+    *,
+    num_targets: Tensor,
+    error_unit: ErrorUnit,
+    target_clip: float,
+    telemetry: StepTelemetry | None,
+) -> _PassSums:
+    """Pass each micro-batch forward and backward; nothing here waits for the device."""
+    ranks = engine.ranks
+    # Engines average over ranks; the sum over ranks is wanted. Without targets all errors are 0.
+    weight = (ranks.size / num_targets.clamp(min=1)).float()
     error_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     load_ME = _no_load(engine.model, ranks.device)
+    margin_M = torch.zeros(len(load_ME), dtype=torch.float64, device=ranks.device)
     terms: list[LossTerms] = []
     for number, (batch, (target, is_target)) in enumerate(zip(micro_batches, targets, strict=True)):
         is_last = number == len(micro_batches) - 1
+        if telemetry is not None:
+            telemetry.forward_begins()
         output = engine.forward(batch, last_micro_batch=is_last)
         term = next_patch_loss(
             engine.model.head,
@@ -97,35 +172,38 @@ def training_step(
             error_unit=error_unit,
             target_clip=target_clip,
         )
-        # Engines average over ranks; the sum over ranks is wanted.
-        loss = term.error_B.sum() * (ranks.size / num_targets)
-        engine.backward(loss, last_micro_batch=is_last)
+        engine.backward(term.error_B.sum() * weight, last_micro_batch=is_last)
+        if telemetry is not None:
+            telemetry.backward_ended()
         error_sum += term.error_B.detach().sum(dtype=torch.float64)
         for layer, routing in enumerate(output.routings):
             load_ME[layer] += routing.load_E
+            margin_M[layer] += getattr(routing, "margin", float("nan")) * routing.load_E.sum()
         terms.append(replace(term, error_B=term.error_B.detach()))
+    return _PassSums(error=error_sum, load_ME=load_ME, margin_M=margin_M, terms=terms)
 
-    # One exchange for loss, loads and flags; float64 keeps counts exact.
-    flag_tensor = torch.tensor([float(flag) for flag in flags], device=ranks.device)
-    summed = ranks.sum(torch.cat((error_sum[None], load_ME.flatten().double(), flag_tensor)))
-    loss_value = summed[0].item() / num_targets  # waits for the device; once a step is affordable
-    load_ME = summed[1 : 1 + load_ME.numel()].long().reshape(load_ME.shape)
-    if not torch.isfinite(summed[0]):
-        _stop("loss", step, ranks, micro_batches, terms, series_name)
-    grad_norm = engine.update(lr=lr).grad_norm
-    if not torch.isfinite(torch.tensor(grad_norm)):
-        _stop("gradient", step, ranks, micro_batches, terms, series_name)
-    if balance_rate:
-        for router, load_E in zip(engine.model.routers(), load_ME, strict=True):
-            router.balance.update(load_E, rate=balance_rate)
-    return StepReport(
-        loss=loss_value,
-        num_points=num_points,
-        grad_norm=grad_norm,
-        lr=lr,
-        load_ME=load_ME.cpu(),
-        flags=tuple(int(flag) for flag in summed[1 + load_ME.numel() :].tolist()),
-    )
+
+def _counts(
+    model: TimeTracker,
+    micro_batches: Sequence[WindowBatch],
+    targets: Sequence[tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> Tensor:
+    """Count this rank's targets, points, tokens and sequences, as float64.
+
+    Where patches overlap, a point is the target of several tokens.
+    """
+    after_first_patch = slice(model.config.patch_length, None)
+    counts = torch.zeros(4, dtype=torch.float64, device=device)
+    for batch, (_, is_target_BCNP) in zip(micro_batches, targets, strict=True):
+        counts[0] += is_target_BCNP.sum()
+        counts[1] += batch.is_target_BCL[..., after_first_patch].sum()
+        if batch.series_BCN is None:
+            counts[2] += is_target_BCNP.shape[:3].numel()
+        else:
+            counts[2] += (batch.series_BCN != NO_SERIES).sum()
+        counts[3] += is_target_BCNP.shape[:2].numel()
+    return counts
 
 
 @torch.no_grad()
