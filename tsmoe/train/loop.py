@@ -12,9 +12,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -31,7 +31,7 @@ from tsmoe.data.stream import Streamed
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
 from tsmoe.errors import CheckpointError, TrainingError
-from tsmoe.ranks import Ranks
+from tsmoe.ranks import CommunicationMeter, Ranks
 from tsmoe.train.open_data import RunData, check_stream, open_data, open_source
 from tsmoe.train.order_check import check_same_order
 from tsmoe.train.record import RunRecord
@@ -41,6 +41,7 @@ from tsmoe.train.schedule import balance_rate, learning_rate
 from tsmoe.train.signals import StopRequest
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import StepReport, training_step, validation_loss
+from tsmoe.train.telemetry import StepTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def pretrain(config: RunConfig) -> Outcome:
     ranks = ranks_module.start(
         timeout_seconds=config.training.timeout_seconds, device=config.training.device
     )
+    ranks = replace(ranks, meter=CommunicationMeter())
     with run_lock(Path(config.run), ranks):
         return _pretrain(config, ranks)
 
@@ -117,48 +119,26 @@ def _train(
 ) -> Outcome:
     """Go through the remaining steps; save at intervals and at the end."""
     run, ranks, training = Path(config.run), engine.ranks, config.training
-    passes = training.gradient_accumulation_steps(ranks.size)
-    batches = data.load(config, num_batches=(training.steps - first_step) * passes)
+    course = _Course(config, data, ranks, first_step=first_step, first_window=first_window)
     saver = CheckpointSaver(run / "checkpoints", config.checkpoint, ranks)
-    record = RunRecord(
-        run,
-        first_step=first_step,
-        steps=training.steps,
-        log_every_steps=training.log_every_steps,
-        ranks=ranks,
-    )
+    record = RunRecord(config, first_step=first_step, ranks=ranks)
+    telemetry = StepTelemetry(engine)
     # The last save lies within the reach of the signals' handler: launchers send more than one, and
     # the checkpoint must be whole before any of them may end this process.
     with StopRequest() as stop:
         with record, _saving_what_was_begun(saver):
             for step in range(first_step, training.steps):
-                begun = time.monotonic()
-                micro_batches = [b.to(ranks.device) for b in itertools.islice(batches, passes)]
-                waited = time.monotonic() - begun
                 flags = (stop.is_set, saver.is_writing)
-                report = _step(config, engine, data.corpus, micro_batches, step, flags)
-                record.stepped(
-                    step,
-                    report,
-                    engine.model.routers(),
-                    seconds=time.monotonic() - begun,
-                    seconds_waited=waited,
-                )
+                report = _timed_step(config, engine, course, step, flags, telemetry, record)
                 done = step + 1
-                windows_seen = first_window + (done - first_step) * training.global_batch_size
                 if step % training.log_every_steps == 0:
-                    since = training.log_every_steps * training.global_batch_size
-                    begun_at = max(0, windows_seen - since)
-                    record.mixed(step, data.source_shares(begun_at, windows_seen))
-                    record.streamed(step, data.stream_counts((done - first_step) * passes, ranks))
+                    course.record_data(record, step)
                 is_stopping, is_any_rank_writing = (count > 0 for count in report.flags)
                 is_last = is_stopping or done == training.steps
                 if saver.is_pending and not is_any_rank_writing:
                     saver.finish()
                 if done % config.checkpoint.every_steps == 0 or is_last:
-                    positions = data.stream_positions((done - first_step) * passes, ranks)
-                    meta = _meta(config, data.corpus, done, windows_seen, positions)
-                    saver.begin(meta, engine.snapshot())
+                    saver.begin(course.meta(done), engine.snapshot())
                 if done % training.validate_every_steps == 0 or done == training.steps:
                     record.validated(step, _validate(config, engine, data.validation))
                 if is_last:
@@ -172,6 +152,71 @@ def _train(
     return outcome
 
 
+class _Course:
+    """The data of a run in order of step, from where this start of it begins."""
+
+    def __init__(
+        self, config: RunConfig, data: RunData, ranks: Ranks, *, first_step: int, first_window: int
+    ) -> None:
+        self.corpus = data.corpus
+        self._config, self._data, self._ranks = config, data, ranks
+        self._first_step, self._first_window = first_step, first_window
+        self._passes = config.training.gradient_accumulation_steps(ranks.size)
+        self._batches = data.load(
+            config, num_batches=(config.training.steps - first_step) * self._passes
+        )
+
+    def next_micro_batches(self) -> list[WindowBatch]:
+        """Return this rank's micro-batches of the next step, on its device."""
+        return [b.to(self._ranks.device) for b in itertools.islice(self._batches, self._passes)]
+
+    def windows_seen(self, done: int) -> int:
+        """Count the windows of all ranks in the first `done` steps of the run."""
+        steps = done - self._first_step
+        return self._first_window + steps * self._config.training.global_batch_size
+
+    def record_data(self, record: RunRecord, step: int) -> None:
+        """Record what the data of the steps since the last such record was made of. Collective."""
+        training, seen = self._config.training, self.windows_seen(step + 1)
+        since = training.log_every_steps * training.global_batch_size
+        record.mixed(step, self._data.source_shares(max(0, seen - since), seen))
+        record.streamed(step, self._data.stream_counts(self._batches_read(step + 1), self._ranks))
+
+    def meta(self, done: int) -> CheckpointMeta:
+        """Say what a checkpoint after `done` steps needs to go on from. Collective."""
+        return CheckpointMeta(
+            step=done,
+            windows_seen=self.windows_seen(done),
+            config=encode(self._config),
+            corpus_fingerprint=self.corpus.fingerprint,
+            stream=self._data.stream_positions(self._batches_read(done), self._ranks),
+        )
+
+    def _batches_read(self, done: int) -> int:
+        return (done - self._first_step) * self._passes
+
+
+def _timed_step(
+    config: RunConfig,
+    engine: Engine,
+    course: _Course,
+    step: int,
+    flags: tuple[bool, ...],
+    telemetry: StepTelemetry,
+    record: RunRecord,
+) -> StepReport:
+    """Wait for the data, do the step, and record what it did and took."""
+    begun = time.monotonic()
+    micro_batches = course.next_micro_batches()
+    waited = time.monotonic() - begun
+    telemetry.step_begins()
+    report = _step(config, engine, course.corpus, micro_batches, step, flags, telemetry)
+    times = {"seconds": time.monotonic() - begun, "seconds_waited": waited}
+    telemetry.step_ended(**times)
+    record.stepped(step, report, engine.model.routers(), **times)
+    return report
+
+
 def _step(
     config: RunConfig,
     engine: Engine,
@@ -179,6 +224,7 @@ def _step(
     micro_batches: list[WindowBatch],
     step: int,
     flags: tuple[bool, ...],
+    telemetry: StepTelemetry,
 ) -> StepReport:
     """Do one step with the rates and random numbers that belong to it."""
     seed_step(config.seed, step, engine.ranks.rank)
@@ -193,6 +239,7 @@ def _step(
         target_clip=config.training.target_clip,
         series_name=corpus.item_id,
         flags=flags,
+        telemetry=telemetry,
     )
 
 
@@ -219,22 +266,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """Make the random numbers of a step a function of the step, so that none need saving."""
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _meta(
-    config: RunConfig,
-    corpus: Corpus | Streamed,
-    step: int,
-    windows_seen: int,
-    positions: list[dict[str, Any]] | None,
-) -> CheckpointMeta:
-    return CheckpointMeta(
-        step=step,
-        windows_seen=windows_seen,
-        config=encode(config),
-        corpus_fingerprint=corpus.fingerprint,
-        stream=positions,
-    )
 
 
 def _find_checkpoint(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from torch import Tensor
 from tsmoe.checkpoint.layout import write_text
 from tsmoe.errors import CheckpointError
 from tsmoe.moe.routers import AnyRouter
+from tsmoe.train.load_history import DEAD_AFTER_STEPS, LoadHistory
 from tsmoe.train.step import StepReport
+from tsmoe.train.telemetry import StepCost
+from tsmoe.train.throughput import Throughput
 
 # An expert is live if it gets at least this part of the mean load.
 LIVE_SHARE = 0.25
@@ -47,25 +50,34 @@ def expert_metrics(load_ME: Tensor) -> dict[str, list[float]]:
 class MetricsWriter:
     """Appends to metrics.jsonl every step and to tensorboard now and then."""
 
-    def __init__(self, run: Path, *, first_step: int, log_every_steps: int) -> None:
-        """Open the files; what an earlier start recorded from `first_step` on is dropped."""
+    def __init__(
+        self,
+        run: Path,
+        *,
+        first_step: int,
+        log_every_steps: int,
+        start: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the files; what an earlier start recorded from `first_step` on is dropped.
+
+        Args:
+            run: folder.
+            first_step: the first to be recorded.
+            log_every_steps: steps between points of tensorboard.
+            start: what the run is started on; stands in the line of the first step.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         path = run / "metrics.jsonl"
-        _keep_before(path, first_step)
+        self._history = LoadHistory(_keep_before(path, first_step))
         # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
         self._lines: FileIO = path.open("ab", buffering=0)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         self._log_every_steps = log_every_steps
+        self._start = start
 
     def write_step(
-        self,
-        step: int,
-        report: StepReport,
-        *,
-        bias_ME: Tensor,
-        points_per_second: float,
-        data_wait_share: float,
+        self, step: int, report: StepReport, *, bias_ME: Tensor, speed: Throughput
     ) -> None:
         """Record a training step.
 
@@ -73,30 +85,58 @@ class MetricsWriter:
             step: number of the step, from 0.
             report: of the step.
             bias_ME: load bias after the step.
-            points_per_second: recorded points of all ranks over the wall time of the step.
-            data_wait_share: part of the step's wall time that this rank waited for data.
+            speed: of the step.
         """
+        is_shown = step % self._log_every_steps == 0
         scalars = {
             "loss/train": report.loss,
             "optimizer/grad_norm": report.grad_norm,
             "optimizer/lr": report.lr,
-            "speed/points_per_second": points_per_second,
-            "speed/data_wait_share": data_wait_share,
+            **speed.as_metrics(),
             "data/points": report.num_points,
+            "data/tokens": report.num_tokens,
         }
-        experts = expert_metrics(report.load_ME)
-        self._write_line({"step": step, **scalars, "experts": experts | {
-            "load": report.load_ME.tolist(), "load_bias": bias_ME.tolist()}})  # fmt: skip
-        if step % self._log_every_steps:
-            return
+        self._history.add(step, report.load_ME.numpy())
+        dead = self._history.dead_experts()
+        # A margin is NaN where every expert is chosen; JSON has no such number.
+        margin_M = [None if math.isnan(value) else value for value in report.margin_M.tolist()]
+        experts: dict[str, Sequence[float | None]] = {
+            **expert_metrics(report.load_ME), "margin": margin_M
+        }  # fmt: skip
+        line: dict[str, Any] = {"step": step, **scalars, "experts": experts | {
+            "load": report.load_ME.tolist(), "load_bias": bias_ME.tolist(),
+            "dead": {"after_steps": DEAD_AFTER_STEPS, "ids": dead}}}  # fmt: skip
+        if self._start is not None:
+            line["speed/start"], self._start = self._start, None
+        by_layer: dict[str, Sequence[float | None]] = {
+            f"experts/{name}": values for name, values in experts.items()
+        }
+        if dead is not None:
+            by_layer["experts/dead"] = [len(ids) for ids in dead]
+        if report.cost_before is not None:
+            of_ranks, of_layers = cost_metrics(report.cost_before, lists_ranks=is_shown)
+            scalars |= {f"speed/{k}": v for k, v in of_ranks.items() if not isinstance(v, list)}
+            by_layer |= {f"exchange/{name}": values for name, values in of_layers.items()}
+            line["speed/of_step_before"] = of_ranks | of_layers
+        self._write_line(line)
+        if is_shown:
+            self._show_step(step, scalars, by_layer)
+            share_ME = report.load_ME / report.load_ME.sum(-1, keepdim=True).clamp(min=1)
+            self._show_experts(step, {"load_share": share_ME, "load_bias": bias_ME})
+
+    def _show_step(
+        self,
+        step: int,
+        scalars: Mapping[str, float | None],
+        by_layer: Mapping[str, Sequence[float | None]],
+    ) -> None:
         self._write_scalars(step, scalars)
-        for name, values in experts.items():
-            self._write_scalars(
-                step, {f"experts/{name}/layer_{m:02}": v for m, v in enumerate(values)}
-            )
-        share_ME = report.load_ME / report.load_ME.sum(-1, keepdim=True).clamp(min=1)
-        for name, table in (("load_share", share_ME), ("load_bias", bias_ME)):
-            for layer, row in enumerate(table.tolist()):
+        for name, values in by_layer.items():
+            self._write_scalars(step, {f"{name}/layer_{m:02}": v for m, v in enumerate(values)})
+
+    def _show_experts(self, step: int, tables: Mapping[str, Tensor]) -> None:
+        for name, table_ME in tables.items():
+            for layer, row in enumerate(table_ME.tolist()):
                 tags = {f"{name}/layer_{layer:02}/expert_{e:03}": v for e, v in enumerate(row)}
                 self._write_scalars(step, tags)
 
@@ -114,9 +154,11 @@ class MetricsWriter:
         self._write_scalars(step, {f"stream/{name}": value for name, value in scalars.items()})
 
     def write_validation(self, step: int, loss: float) -> None:
-        """Record the validation loss after a step."""
+        """Record the validation loss after a step, and show pictures of the loads so far."""
         self._write_line({"step": step, "loss/validation": loss})
         self._write_scalars(step, {"loss/validation": loss})
+        for name, picture in self._history.pictures().items():
+            self._board.add_image(f"experts/{name}", picture, step, dataformats="HWC")
         self._board.flush()
 
     def close(self) -> None:
@@ -133,9 +175,41 @@ class MetricsWriter:
                 "same command again: it resumes from the last checkpoint"
             ) from error
 
-    def _write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    def _write_scalars(self, step: int, scalars: Mapping[str, float | None]) -> None:
         for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, step)
+            if value is not None:
+                self._board.add_scalar(tag, value, step)
+
+
+def cost_metrics(
+    cost: StepCost, *, lists_ranks: bool
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Name what the step before cost: values of all ranks together, and lists by expert layer.
+
+    Args:
+        cost: of the step before.
+        lists_ranks: whether to add the lists by rank, which are long where ranks are many.
+    """
+    of_ranks: dict[str, Any] = {
+        "communication_share": cost.communication_share,
+        "all_to_all_share": cost.all_to_all_seconds / cost.step_seconds,
+        "all_ranks_data_wait_share": cost.data_wait_share,
+        "straggler_spread_seconds": cost.straggler_spread_seconds,
+        "slowest_rank": cost.slowest_rank,
+        "peak_memory_bytes": max(cost.memory_bytes_R),
+        "bytes_out": cost.bytes_out,
+    }
+    if lists_ranks:
+        of_ranks |= {
+            "compute_seconds": cost.compute_seconds_R,
+            "data_wait_seconds": cost.data_wait_seconds_R,
+            "memory_bytes": cost.memory_bytes_R,
+        }
+    return of_ranks, {
+        "rows_moved": list(cost.rows_moved_M),
+        "forward_seconds": cost.forward_all_to_all_seconds_M,
+        "backward_seconds": cost.backward_all_to_all_seconds_M,
+    }
 
 
 def load_biases(routers: list[AnyRouter]) -> Tensor:
@@ -145,14 +219,18 @@ def load_biases(routers: list[AnyRouter]) -> Tensor:
     return torch.stack([router.balance.bias_E.detach().cpu() for router in routers])
 
 
-def _keep_before(path: Path, step: int) -> None:
+def _keep_before(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cut the file back to the lines before a step, and return them."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, values = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] < step:
+            value = json.loads(line)
+            if value["step"] < step:
                 kept.append(line)
+                values.append(value)
         except ValueError:
             continue  # a line cut short by a kill
     write_text(path, "".join(f"{line}\n" for line in kept))
+    return values

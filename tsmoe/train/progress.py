@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tsmoe.train.throughput import Throughput
+
 logger = logging.getLogger(__name__)
 
 
@@ -63,9 +65,11 @@ class TrainingProgress:
         """Remember the newest validation loss."""
         self._validation = f"validation {loss:.4f}  "
 
-    def advanced(self, done: int, *, loss: float, points_per_second: float) -> None:
+    def advanced(self, done: int, *, loss: float, speed: Throughput) -> None:
         """Show that `done` steps are done."""
-        status = f"loss {loss:.4f}  {self._validation}{points_per_second:,.0f} points/s"
+        status = f"loss {loss:.4f}  {self._validation}{speed.points_per_second:,.0f} points/s"
+        if speed.mfu is not None:
+            status += f"  MFU {speed.mfu:.0%}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
         elif self._is_shown and (done % self._log_every_steps == 0 or done == self._steps):

@@ -11,26 +11,35 @@ from tsmoe.moe.routers import AnyRouter
 from tsmoe.ranks import Ranks
 from tsmoe.train.metrics import MetricsWriter, load_biases
 from tsmoe.train.progress import TrainingProgress
+from tsmoe.train.run_config import RunConfig
 from tsmoe.train.step import StepReport
+from tsmoe.train.throughput import Peak, find_peak, throughput
 
 
 class RunRecord:
     """Metrics on disk and progress on the screen. Use as a context manager."""
 
-    def __init__(
-        self, run: Path, *, first_step: int, steps: int, log_every_steps: int, ranks: Ranks
-    ) -> None:
+    def __init__(self, config: RunConfig, *, first_step: int, ranks: Ranks) -> None:
+        """Open the run's files on the first rank, and find out what its machine can compute."""
+        training = config.training
+        self._model = config.model
         self._progress = TrainingProgress(
-            steps=steps,
+            steps=training.steps,
             first_step=first_step,
-            log_every_steps=log_every_steps,
+            log_every_steps=training.log_every_steps,
             is_shown=ranks.is_first,
         )
         self._writer: MetricsWriter | None = None
+        self._peak = Peak(flops_per_second=None, source="not asked for")
         if ranks.is_first:
+            self._peak = find_peak(ranks, training.precision)
             self._writer = MetricsWriter(
-                run, first_step=first_step, log_every_steps=log_every_steps
-            )
+                Path(config.run),
+                first_step=first_step,
+                log_every_steps=training.log_every_steps,
+                start={"ranks": ranks.size, "peak_flops": self._peak.flops_per_second,
+                       "peak_is": self._peak.source},
+            )  # fmt: skip
 
     def __enter__(self) -> RunRecord:
         self._progress.__enter__()
@@ -56,16 +65,12 @@ class RunRecord:
         seconds_waited: float,
     ) -> None:
         """Record a step that took `seconds`, of which this rank waited for data in some."""
-        points_per_second = report.num_points / seconds
+        speed = throughput(
+            self._model, report, self._peak, seconds=seconds, seconds_waited=seconds_waited
+        )
         if self._writer is not None:
-            self._writer.write_step(
-                step,
-                report,
-                bias_ME=load_biases(routers),
-                points_per_second=points_per_second,
-                data_wait_share=seconds_waited / seconds,
-            )
-        self._progress.advanced(step + 1, loss=report.loss, points_per_second=points_per_second)
+            self._writer.write_step(step, report, bias_ME=load_biases(routers), speed=speed)
+        self._progress.advanced(step + 1, loss=report.loss, speed=speed)
 
     def mixed(self, step: int, source_shares: Mapping[str, float]) -> None:
         """Record in which shares the sources were seen up to a step, where that is known."""
