@@ -30,12 +30,11 @@ VARIANTS = {
 }
 
 
-def counted(config: TimeTrackerConfig, *, variates: int = 1, recomputes: bool = False) -> int:
+def counted(config: TimeTrackerConfig, *, recomputes: bool) -> int:
     model = build_model(config, recomputes_activations=recomputes)
-    values_BCL = torch.randn(6, variates, config.context_length)
-    adjacency_BCC = torch.ones(6, variates, variates, dtype=torch.bool) if variates > 1 else None
+    values_BCL = torch.randn(6, 1, config.context_length)
     with FlopCounterMode(display=False) as counter:
-        output = model(values_BCL, torch.ones_like(values_BCL, dtype=torch.bool), adjacency_BCC)
+        output = model(values_BCL, torch.ones_like(values_BCL, dtype=torch.bool))
         output.prediction_BCNPK.square().sum().backward()
     return counter.get_total_flops()
 
@@ -58,11 +57,12 @@ def test_count_is_that_of_torch_but_for_causal_attention(name, recomputes) -> No
     assert count.total - count.attention == found
 
 
-def test_attention_is_the_causal_half_of_what_torch_counts_between_variates() -> None:
-    count = training_flops(SMALL, windows=6, variates=3)
-    patches = 19
-    full_square = count.attention * 2 * patches // (patches + 1)
-    assert count.total - count.attention + full_square == counted(SMALL, variates=3)
+def test_attention_counts_the_pairs_that_graph_and_time_allow() -> None:
+    is_past_NN = torch.ones(19, 19).tril()
+    pairs = 6 * int(torch.kron(torch.ones(3, 3), is_past_NN).sum())
+    # Scores and weighted sums, forward once and backward twice, a multiply-add as 2.
+    expected = SMALL.num_layers * 2 * 3 * 2 * pairs * SMALL.d_model
+    assert training_flops(SMALL, windows=6, variates=3).attention == expected
 
 
 def test_variates_that_nobody_looks_at_cost_no_attention() -> None:

@@ -1,0 +1,142 @@
+"""Bytes that each module keeps for the backward pass, read off its code.
+
+One function a module, and a test for each that compares it with what autograd really saves. Who
+makes a tensor counts it; a norm counts the residual stream that goes into it, and its output, which
+several modules read.
+
+Letters: T tokens of the micro-batch, U units that a router decides for (tokens or series), R rows
+sent to experts (T times `top_k`), D model width, F feed-forward width, E routed experts, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tsmoe.cost.flops import values_per_point
+
+if TYPE_CHECKING:
+    from tsmoe.models.time_tracker import TimeTrackerConfig
+    from tsmoe.moe.layer import MoEConfig
+
+_FLOAT32, _INT64 = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """In which precision a rank computes, and what its kernels keep."""
+
+    element: int = _FLOAT32
+    """Bytes of an activation."""
+    is_autocast: bool = False
+    """Weights are float32 and cast before each use: the plain engine's bf16."""
+    has_fused_norms: bool = False
+    """CUDA's RMS norm keeps its input alone; the composite one of processors its input and the
+    normalised values, both in float32."""
+
+    @property
+    def weight(self) -> int:
+        """Bytes of a weight of the model, and of its gradient."""
+        return _FLOAT32 if self.is_autocast else self.element
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Sizes of one rank's micro-batch, as its modules see them."""
+
+    windows: int
+    series: int
+    """Windows times variates."""
+    patches: int
+    """Tokens of a series."""
+    top_k: int = 0
+    """Experts per token; 0 in a dense model."""
+    imbalance: float = 1.0
+    """Rows that the fullest rank of an expert-parallel group receives, over the mean."""
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of the micro-batch."""
+        return self.series * self.patches
+
+    @property
+    def sent(self) -> int:
+        """R, rows that this rank sends to experts."""
+        return self.tokens * self.top_k
+
+    @property
+    def received(self) -> int:
+        """Rows that this rank's experts get."""
+        return round(self.sent * self.imbalance)
+
+
+def norm_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
+    """RMS norm: its input, what its kernel keeps, and its output."""
+    width, element = model.d_model, numerics.element
+    if numerics.has_fused_norms and not numerics.is_autocast:
+        return rows.tokens * (2 * width * element + _FLOAT32)
+    # The input as float32 (itself, or a copy), the normalised values, and the output.
+    return rows.tokens * (2 * width * _FLOAT32 + width * element + _FLOAT32)
+
+
+def attention_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
+    """Attention of each variate to itself: projection, rotated query and key, output, and sums."""
+    kept = 6 * model.d_model * numerics.element + model.num_heads * _FLOAT32
+    return rows.tokens * kept
+
+
+def router_bytes(
+    model: TimeTrackerConfig, config: MoEConfig, rows: Rows, numerics: Numerics
+) -> int:
+    """Router: tokens in float32, affinities, what was chosen; scores live on in the routing."""
+    router = config.router
+    per_token = config.num_experts * _FLOAT32
+    if numerics.element != _FLOAT32:
+        per_token += model.d_model * _FLOAT32
+    units = rows.series if router.mode == "sequence" else rows.tokens
+    per_unit = router.top_k * (_INT64 + _FLOAT32)
+    if router.top_k > 1:
+        per_unit += _FLOAT32 + router.top_k * _FLOAT32
+    if router.mode != "token":
+        per_unit += config.num_experts * _FLOAT32
+    return rows.tokens * per_token + units * per_unit
+
+
+def dispatch_bytes(
+    model: TimeTrackerConfig, config: MoEConfig, rows: Rows, numerics: Numerics
+) -> int:
+    """Dispatch: rows that went to experts, the answers to them, and where each belongs."""
+    units = rows.series if config.router.mode == "sequence" else rows.tokens
+    rows_kept = (rows.received + rows.sent) * model.d_model * numerics.element
+    return rows_kept + 2 * units * config.router.top_k * _INT64
+
+
+def experts_bytes(config: MoEConfig, rows: Rows, numerics: Numerics) -> int:
+    """Routed experts: gate and up, and their product."""
+    return rows.received * 3 * config.d_ff_expert * numerics.element
+
+
+def feed_forward_bytes(d_ff: int, rows: Rows, numerics: Numerics) -> int:
+    """Shared or dense feed-forward: gate and up, and their product."""
+    return rows.tokens * 3 * d_ff * numerics.element
+
+
+def embedding_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
+    """Embedding: patches and which of their points are missing."""
+    return rows.tokens * 2 * model.patch_length * numerics.element
+
+
+def head_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
+    """Head: the prediction, which the step holds to its end."""
+    return rows.tokens * model.patch_length * values_per_point(model) * numerics.element
+
+
+def loss_bytes(model: TimeTrackerConfig, rows: Rows) -> int:
+    """Loss: both sides of the pinball, or the error to be squared; which points count."""
+    points, levels = rows.tokens * model.patch_length, values_per_point(model)
+    return points * (_FLOAT32 * (2 * levels if levels > 1 else 1) + 1)
+
+
+def batch_bytes(model: TimeTrackerConfig, rows: Rows) -> int:
+    """Batch: values, which are observed and which are targets."""
+    return rows.series * model.window_length * (_FLOAT32 + 1 + 1)
