@@ -1,8 +1,7 @@
 """Causal attention over the patches of any number of variates.
 
-Shapes: B windows, C variates, N patches, S = C*N tokens in variate-major order, D model width,
-H heads; X windows, or windows and variates where each variate is by itself; d is the head width, 1
-kept for broadcasting.
+Shapes: B windows, C variates, N patches, D model width, H heads; X = B*C windows and variates; d is
+the head width, 1 kept for broadcasting.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsmoe.nn.rotary import rotary_tables, rotate
+from tsmoe.nn.graph_attention import attend_over_graph
+from tsmoe.nn.rotary import rotary_tables, split_rotated
 from tsmoe.nn.spans import SeriesSpans
 
 
@@ -49,51 +49,28 @@ class AnyVariateAttention(nn.Module):
         Args:
             tokens_BCND: normalised tokens.
             adjacency_BCC: bool, row i names the variates that variate i may look at; its diagonal
-                must be True, else a row could be fully masked. None: every variate by itself.
+                must be True. None: every variate by itself.
             spans: of a packed window, whose series look at their own past only; not to be had
                 together with an adjacency.
         """
         if adjacency_BCC is not None and spans is not None:
             raise ValueError("packed windows have no adjacency: their series are strangers")
         windows, variates, patches, _ = tokens_BCND.shape
+        tokens_XND = tokens_BCND.flatten(0, 1)
         time_index_N = torch.arange(patches, device=tokens_BCND.device)
+        tables = rotary_tables(time_index_N, self.head_width, base=self.rotary_base)
+        projected_XN3Hd = self.query_key_value(tokens_XND).unflatten(-1, (3, self.num_heads, -1))
+        heads = split_rotated(projected_XN3Hd, *tables)
         if adjacency_BCC is None:
-            tokens_XSD = tokens_BCND.flatten(0, 1)
-            is_past_X1SS = None
-            if spans is not None:
-                is_past_X1SS = spans.is_past().flatten(0, 1).unsqueeze(1)
-            attended_XSD = self._attend(tokens_XSD, time_index_N, mask=is_past_X1SS)
+            query, key, value = (part_XNHd.transpose(1, 2) for part_XNHd in heads)
+            is_past_X1NN = None if spans is None else spans.is_past().flatten(0, 1).unsqueeze(1)
+            attended_XHNd = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=is_past_X1NN, is_causal=is_past_X1NN is None
+            )
+            attended_XNHd = attended_XHNd.transpose(1, 2)
         else:
-            tokens_XSD = tokens_BCND.flatten(1, 2)
-            bias_BHSS = self._bias(adjacency_BCC, patches)
-            attended_XSD = self._attend(tokens_XSD, time_index_N.repeat(variates), mask=bias_BHSS)
-        return self.output(attended_XSD).reshape(windows, variates, patches, -1)
-
-    def _attend(self, tokens_XSD: Tensor, time_index_S: Tensor, mask: Tensor | None) -> Tensor:
-        cos_Sd, sin_Sd = rotary_tables(time_index_S, self.head_width, base=self.rotary_base)
-        projected = self.query_key_value(tokens_XSD).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = projected.permute(2, 0, 3, 1, 4)
-        attended_XHSd = F.scaled_dot_product_attention(
-            rotate(query, cos_Sd, sin_Sd),
-            rotate(key, cos_Sd, sin_Sd),
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-        )
-        return attended_XHSd.transpose(1, 2).flatten(2)
-
-    def _bias(self, adjacency_BCC: Tensor, patches: int) -> Tensor:
-        variates = adjacency_BCC.shape[-1]
-        device = adjacency_BCC.device
-        is_past_NN = torch.ones(patches, patches, dtype=torch.bool, device=device).tril()
-        is_allowed_BSS = torch.einsum(
-            "bij,mn->bimjn", adjacency_BCC.float(), is_past_NN.float()
-        ).reshape(len(adjacency_BCC), variates * patches, variates * patches)
-        is_same_SS = torch.eye(variates, dtype=torch.bool, device=device)
-        is_same_SS = is_same_SS.repeat_interleave(patches, 0).repeat_interleave(patches, 1)
-        bias_HSS = torch.where(
-            is_same_SS,
-            self.same_variate_bias_H[:, None, None],
-            self.other_variate_bias_H[:, None, None],
-        )
-        return torch.where(is_allowed_BSS[:, None] > 0, bias_HSS, float("-inf"))
+            query, key, value = (part.unflatten(0, (windows, variates)) for part in heads)
+            # Softmax sees only how much a variate is preferred to the others.
+            own_bias_H = self.same_variate_bias_H - self.other_variate_bias_H
+            attended_XNHd = attend_over_graph(query, key, value, own_bias_H, adjacency_BCC)
+        return self.output(attended_XNHd.reshape(windows, variates, patches, -1))

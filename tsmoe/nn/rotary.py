@@ -1,12 +1,13 @@
 """Rotary position embedding on the time index.
 
-Shapes: B windows, H heads, S tokens, N patches, 1 kept for broadcasting; d is the head width.
+Shapes: X windows and variates, S tokens, H heads, 1 kept for broadcasting; d is the head width.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 def rotary_tables(time_index_S: Tensor, head_width: int, *, base: float) -> tuple[Tensor, Tensor]:
@@ -23,8 +24,47 @@ def rotary_tables(time_index_S: Tensor, head_width: int, *, base: float) -> tupl
     return angle_Sd.cos(), angle_Sd.sin()
 
 
-def rotate(heads_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Turn each pair of coordinates by its angle, so that dot products see index differences."""
-    first, second = heads_BHSd.chunk(2, dim=-1)
-    cos_Sd, sin_Sd = cos_Sd.to(heads_BHSd.dtype), sin_Sd.to(heads_BHSd.dtype)
-    return torch.cat((first * cos_Sd - second * sin_Sd, second * cos_Sd + first * sin_Sd), dim=-1)
+def split_rotated(
+    projected_XS3Hd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query_XSHd, key_XSHd and value_XSHd, each pair of coordinates turned by its angle.
+
+    Values are not turned; dot products of queries and keys see differences of indices.
+
+    One node of the graph: left to autograd, the halves of each head and the three parts would be
+    copied together again and again, a sixth of a layer's time between its projections on CPU.
+    """
+    dtype = projected_XS3Hd.dtype
+    return _SplitRotated.apply(projected_XS3Hd, cos_Sd.to(dtype), sin_Sd.to(dtype))
+
+
+class _SplitRotated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, projected_XS3Hd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos_Sd, sin_Sd)
+        query_key_XS2Hd = torch.empty_like(projected_XS3Hd[:, :, :2])
+        cos_S11d, sin_S11d = cos_Sd[:, None, None], sin_Sd[:, None, None]
+        _turn(projected_XS3Hd[:, :, :2], cos_S11d, sin_S11d, query_key_XS2Hd)
+        return query_key_XS2Hd[:, :, 0], query_key_XS2Hd[:, :, 1], projected_XS3Hd[:, :, 2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads_XSHd: Tensor) -> tuple[Tensor, None, None]:
+        cos_Sd, sin_Sd = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_query_XSHd, grad_key_XSHd, grad_value_XSHd = grads_XSHd
+        tokens, (heads, width) = grad_query_XSHd.shape[:2], grad_query_XSHd.shape[2:]
+        grad_XS3Hd = grad_query_XSHd.new_empty(*tokens, 3, heads, width)
+        cos_S1d, back_S1d = cos_Sd[:, None], -sin_Sd[:, None]
+        _turn(grad_query_XSHd, cos_S1d, back_S1d, grad_XS3Hd[:, :, 0])
+        _turn(grad_key_XSHd, cos_S1d, back_S1d, grad_XS3Hd[:, :, 1])
+        grad_XS3Hd[:, :, 2] = grad_value_XSHd
+        return grad_XS3Hd, None, None
+
+
+def _turn(heads: Tensor, cos: Tensor, sin: Tensor, turned: Tensor) -> None:
+    first, second = heads.chunk(2, dim=-1)
+    turned_first, turned_second = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
