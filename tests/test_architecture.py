@@ -53,13 +53,13 @@ LAYERS = (
     ("heads", "models", "losses"),
     ("data", "checkpoint", "inference"),
     ("engine", "cost"),
-    ("train", "evaluate"),
+    ("train", "evaluate", "report"),
     ("commands", "__main__"),
 )
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 
 # Parts of tsmoe that must load in an instant, so torch only inside their functions.
-WITHOUT_TORCH = ("config", "commands")
+WITHOUT_TORCH = ("config", "commands", "report")
 SLOW_PACKAGES = ("torch", "deepspeed", "pandas", "pyarrow", "numpy")
 
 LINES_AT_MOST = 400

@@ -198,11 +198,13 @@ def _between(begin: Mark, end: Mark) -> float:
 def _add(sums: _Sums, record: CommunicationRecord) -> None:
     """Add what the meter counted of one kind under one label."""
     sums.bytes_out += record.bytes_out
-    if record.kind == "all_reduce" or record.label is None:
+    if record.kind == "all_reduce":
         sums.reduce_seconds += record.seconds
         return
-    layer, direction = record.label
     sums.all_to_all_seconds += record.seconds
+    if record.label is None:
+        return
+    layer, direction = record.label
     if direction.startswith("gradient"):
         sums.backward_seconds_M[layer] += record.seconds
     else:
