@@ -215,6 +215,7 @@ if __name__ == "__main__":
     import accelerate  # noqa: F401
     import deepspeed
     import deepspeed.moe.layer
+    import deepspeed.runtime.zero.muon.muon_optimizer  # and half of torch's compiler with it
     import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
     import pytest  # noqa: F401
     import torch
