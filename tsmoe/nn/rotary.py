@@ -34,8 +34,21 @@ def split_rotated(
     One node of the graph: left to autograd, the halves of each head and the three parts would be
     copied together again and again, a sixth of a layer's time between its projections on CPU.
     """
-    dtype = projected_XS3Hd.dtype
-    return _SplitRotated.apply(projected_XS3Hd, cos_Sd.to(dtype), sin_Sd.to(dtype))
+    cos_Sd, sin_Sd = cos_Sd.to(projected_XS3Hd.dtype), sin_Sd.to(projected_XS3Hd.dtype)
+    if torch.compiler.is_compiling():
+        return _split_rotated_plainly(projected_XS3Hd, cos_Sd, sin_Sd)
+    return _SplitRotated.apply(projected_XS3Hd, cos_Sd, sin_Sd)
+
+
+def _split_rotated_plainly(
+    projected_XS3Hd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The compiler joins the steps by itself, and does not take results written into views.
+    first, second = projected_XS3Hd[:, :, :2].chunk(2, dim=-1)
+    cos_S11d, sin_S11d = cos_Sd[:, None, None], sin_Sd[:, None, None]
+    turned = (first * cos_S11d - second * sin_S11d, second * cos_S11d + first * sin_S11d)
+    query_XSHd, key_XSHd = torch.cat(turned, dim=-1).unbind(2)
+    return query_XSHd, key_XSHd, projected_XS3Hd[:, :, 2]
 
 
 class _SplitRotated(torch.autograd.Function):
