@@ -32,6 +32,7 @@ from tsmoe.train.metrics import load_biases
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import StepReport, training_step
+from tsmoe.train.telemetry import StepTelemetry
 
 Settings = dict[str, Any]
 
@@ -145,6 +146,7 @@ def one_step(
     step: int,
     *,
     micro_batches: Sequence[WindowBatch] | None = None,
+    telemetry: StepTelemetry | None = None,
 ) -> StepReport:
     """Do one step as the training loop does it, with a balance rate that does not rest."""
     ranks = engine.ranks
@@ -160,6 +162,7 @@ def one_step(
         error_unit=config.training.error_unit,
         target_clip=config.training.target_clip,
         series_name=str,
+        telemetry=telemetry,
     )
 
 
