@@ -18,18 +18,22 @@ from tsmoe.train.run_config import RunConfig
 STEPS, SAVED = 8, 4
 
 
-def deepspeed(expert_parallel_size: int, zero_stage: int) -> Settings:
+def deepspeed(
+    expert_parallel_size: int, zero_stage: int, *, offloads_optimizer: bool = False
+) -> Settings:
     return {
         "engine": {
             "type": "deepspeed",
             "expert_parallel_size": expert_parallel_size,
             "zero_stage": zero_stage,
+            "offloads_optimizer": offloads_optimizer,
         }
     }
 
 
 PLAIN: Settings = {"engine": {"type": "plain"}, "training": {"micro_batch_size": 16}}
 SPREAD = deepspeed(2, 1)
+SLICED = deepspeed(2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,16 @@ CONTINUATIONS = {
     ),
     "spread to whole experts": Continuation(
         written="spread", num_ranks=2, settings=deepspeed(1, 1)
+    ),
+    "sliced as before": Continuation(
+        written="sliced", num_ranks=2, settings=SLICED, is_bitwise=True
+    ),
+    "sliced to one plain process": Continuation(written="sliced", num_ranks=1, settings=PLAIN),
+    "sliced to spread, offloaded": Continuation(
+        written="sliced", num_ranks=2, settings=deepspeed(2, 2, offloads_optimizer=True)
+    ),
+    "spread to sliced whole experts, offloaded": Continuation(
+        written="spread", num_ranks=2, settings=deepspeed(1, 3, offloads_optimizer=True)
     ),
     "spread to plain data parallel": Continuation(
         written="spread", num_ranks=2, settings={"engine": {"type": "plain"}}
@@ -101,7 +115,8 @@ def runs(tmp_path_factory) -> Runs:
         return small_config(corpus, training, {"run": str(folder / name)}, settings)
 
     run_on_ranks(pretrain_all, [config("plain", PLAIN)], num_ranks=1)
-    run_on_ranks(pretrain_all, [config("spread", SPREAD)], num_ranks=2)
+    both = [config("spread", SPREAD), config("sliced", SLICED)]
+    run_on_ranks(pretrain_all, both, num_ranks=2)
     for name, continuation in CONTINUATIONS.items():
         _copy_as_of_half_way(folder / continuation.written, folder / name)
     for num_ranks in (1, 2):
@@ -151,7 +166,8 @@ def test_continued_run_ends_in_the_state_of_the_undisturbed_one(runs: Runs, name
 
 @pytest.mark.parametrize("step", [SAVED, STEPS])
 def test_checkpoints_of_both_engines_hold_the_same(runs: Runs, step: int) -> None:
-    _assert_same_state(runs.state("spread", step), runs.state("plain", step), is_bitwise=False)
+    for name in ("spread", "sliced"):
+        _assert_same_state(runs.state(name, step), runs.state("plain", step), is_bitwise=False)
     spread, plain = (
         read_meta(runs.folder / name / "checkpoints" / step_folder(step))
         for name in ("spread", "plain")

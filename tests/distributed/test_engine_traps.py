@@ -25,6 +25,7 @@ from tsmoe.batch import WindowBatch
 from tsmoe.config import merge_layers
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.deepspeed_engine import initialise_deepspeed
+from tsmoe.engine.protocol import Engine
 from tsmoe.errors import ConfigError, TrainingError
 from tsmoe.models import build_model
 from tsmoe.moe.experts import Experts
@@ -35,6 +36,8 @@ from tsmoe.train.stages import prepare_pretraining
 SPREAD = {"engine": {"type": "deepspeed", "expert_parallel_size": 2}}
 WHOLE = {"engine": {"type": "deepspeed", "expert_parallel_size": 1}}
 BF16 = {"training": {"precision": "bf16"}}
+OFFLOADED = {"engine": {"offloads_optimizer": True}}
+SLICED = {"engine": {"zero_stage": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +212,8 @@ def part(batch: WindowBatch, windows: slice) -> WindowBatch:
 
 def test_ranks_with_unequal_batches_weigh_by_points(corpus) -> None:
     ((alone,),) = run_on_ranks(uneven_steps, [small_config(corpus, ONE_PASS)], num_ranks=1)
-    configs = [small_config(corpus, engine) for engine in (SPREAD, WHOLE, {})]
+    engines = (SPREAD, WHOLE, merge_layers(SPREAD, SLICED), merge_layers(WHOLE, SLICED), {})
+    configs = [small_config(corpus, engine) for engine in engines]
     for of_rank in run_on_ranks(uneven_steps, configs):
         for of_engine in of_rank:
             for name, numbers in of_engine.items():
@@ -224,7 +228,7 @@ def steps_over_a_bad_gradient(configs: list[RunConfig]) -> list[tuple[str, bool]
 def step_over_a_bad_gradient(config: RunConfig) -> tuple[str, bool]:
     engine = start_engine(config)
     one_step(config, engine, 0)
-    state = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    state = whole_state(engine)
     if not engine.ranks.is_first:
         weight = engine.model.embed.values.weight
         weight.register_hook(lambda gradient: gradient * float("inf"))
@@ -233,12 +237,24 @@ def step_over_a_bad_gradient(config: RunConfig) -> tuple[str, bool]:
         error = "no error"
     except TrainingError as caught:
         error = str(caught)
-    is_same = all(torch.equal(state[k], v) for k, v in engine.model.state_dict().items())
+    is_same = all(torch.equal(state[k], v) for k, v in whole_state(engine).items())
     return error, is_same
 
 
+def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """What this rank would write: stage 3 leaves nothing whole in the model."""
+    return {key: value for file in engine.snapshot().values() for key, value in file.items()}
+
+
 def test_gradient_that_is_not_finite_stops_before_the_update(corpus) -> None:
-    engines = (SPREAD, merge_layers(SPREAD, BF16), {})
+    engines = (
+        SPREAD,
+        merge_layers(SPREAD, BF16),
+        merge_layers(SPREAD, OFFLOADED),
+        merge_layers(SPREAD, SLICED),
+        merge_layers(WHOLE, SLICED, OFFLOADED, BF16),
+        {},
+    )
     configs = [small_config(corpus, engine) for engine in engines]
     for of_rank in run_on_ranks(steps_over_a_bad_gradient, configs):
         for error, is_same in of_rank:

@@ -132,15 +132,13 @@ class StateReader:
                 f"{_some(expected - there)}; unexpected: {_some(there - expected)}"
             )
 
-    def parameter(
-        self, name: str, parameter: nn.Parameter, owner: Experts | None
-    ) -> ParameterState:
+    def parameter(self, name: str, shape: torch.Size, owner: Experts | None) -> ParameterState:
         """Read a parameter's state, of an expert layer only this rank's experts."""
         state = {kind: self.tensor(kind, name, owner) for kind in STATE_KINDS}
-        if state["value"].shape != parameter.shape:
+        if state["value"].shape != shape:
             raise CheckpointError(
                 f"{self.folder}: {name} has shape {tuple(state['value'].shape)}, but the model "
-                f"wants {tuple(parameter.shape)}; use the config that the checkpoint was made with"
+                f"wants {tuple(shape)}; use the config that the checkpoint was made with"
             )
         return ParameterState(**state)
 
@@ -168,8 +166,12 @@ def restore(
     model: nn.Module,
     reader: StateReader,
     set_state: Callable[[nn.Parameter, ParameterState], None],
+    *,
+    shape_of: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
 ) -> None:
     """Set every parameter's state and every buffer from a checkpoint.
+
+    `shape_of` is for an engine that leaves only a slice of a parameter on this rank.
 
     Raises:
         CheckpointError: if the names or shapes are not those of the model.
@@ -177,7 +179,7 @@ def restore(
     reader.check_names(model)
     experts = expert_parameters(model)
     for name, parameter in model.named_parameters():
-        set_state(parameter, reader.parameter(name, parameter, experts.get(name)))
+        set_state(parameter, reader.parameter(name, shape_of(parameter), experts.get(name)))
     reader.load_buffers(model)
 
 

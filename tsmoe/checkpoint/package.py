@@ -130,7 +130,7 @@ def model_from_checkpoint(folder: Path, meta: CheckpointMeta) -> TimeTracker:
     with StateReader(folder, meta) as reader, torch.no_grad():
         reader.check_names(model)
         for name, parameter in model.named_parameters():
-            parameter.copy_(reader.parameter(name, parameter, experts.get(name)).value)
+            parameter.copy_(reader.parameter(name, parameter.shape, experts.get(name)).value)
         reader.load_buffers(model)
     return model.eval()
 

@@ -82,7 +82,8 @@ def build_engine(
 
             size = config.expert_parallel_size(ranks.size)
             initialise_deepspeed(ranks, timeout_seconds=training.timeout_seconds)
-            model = make_model(make_experts=expert_factory(size, ranks))
+            factory = expert_factory(size, ranks, zero_stage=config.engine.zero_stage)
+            model = make_model(make_experts=factory)
             prepare(model)
             return DeepSpeedEngine(
                 model,

@@ -27,8 +27,20 @@ OWNED_BY_RUN_CONFIG = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
     "expert_parallel": "engine.expert_parallel_size",
+    "managed_gradient_accumulation": "training.global_batch_size",
+    "zero_force_ds_cpu_optimizer": "engine.offloads_optimizer",
     "tensorboard": "the run folder, where tensorboard files always go",
 }
+
+_REFUSED_IN_ZERO = {
+    "offload_optimizer": "set engine.offloads_optimizer instead",
+    "compute_grad_norm": "the norm is in every step's report and clips the gradient",
+    "zero_hpz_partition_size": "DeepSpeed 0.19.8 does not support it with experts",
+    "zero_quantized_gradients": "DeepSpeed 0.19.8 does not support it with experts",
+    "zero_quantized_weights": "a checkpoint would not hold what was trained",
+    "zenflow": "it updates parameters late, so that a run would not be that of one process",
+}
+"""Keys of zero_optimization, and why; DeepSpeed accepts some of them in silence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +49,11 @@ class DeepSpeedEngineConfig(Section):
 
     type: Literal["deepspeed"] = "deepspeed"
     zero_stage: int = 1
-    """1 partitions optimizer states, 2 gradients too; the numbers are the same."""
+    """1 partitions optimizer states over ranks, 2 gradients too, 3 parameters too, which are then
+    gathered layer by layer; the numbers are the same."""
+    offloads_optimizer: bool = False
+    """Keep masters and Adam moments in host memory and update them there: less device memory, a
+    slower update."""
     expert_parallel_size: int | Literal["auto"] = "auto"
     """Ranks that share one set of experts; consecutive ranks form a group. `auto`: as many as
     divide both the number of ranks and that of experts."""
@@ -45,19 +61,14 @@ class DeepSpeedEngineConfig(Section):
     """A DeepSpeed JSON with settings that the run config does not own."""
 
     def __post_init__(self) -> None:
-        if self.zero_stage == 3:
-            raise ValueError(
-                "zero_stage is 3, but DeepSpeed 0.19.8 refuses its expert layers under stage 3; "
-                "use 1 or 2"
-            )
         if self.zero_stage == 0:
             raise ValueError(
                 "zero_stage is 0, but DeepSpeed 0.19.8 computes a wrong gradient norm for experts "
                 "there (in fp32 ranks are averaged, in bf16 experts are left out), so clipping "
                 "would be wrong; use 1, which costs no extra memory"
             )
-        if self.zero_stage not in (1, 2):
-            raise ValueError(f"zero_stage is {self.zero_stage}; use 1 or 2")
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"zero_stage is {self.zero_stage}; use 1, 2 or 3")
         if self.expert_parallel_size != "auto" and self.expert_parallel_size < 1:
             raise ValueError(
                 f"expert_parallel_size ({self.expert_parallel_size}) must be at least 1"
@@ -69,6 +80,7 @@ def deepspeed_json(
     *,
     precision: str,
     clip_grad_norm: float,
+    is_on_gpu: bool,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
 ) -> dict[str, Any]:
@@ -88,7 +100,19 @@ def deepspeed_json(
             f"{config.config_file}: zero_optimization.stage is {zero['stage']} and "
             f"engine.zero_stage is {config.zero_stage}; set engine.zero_stage only"
         )
+    refused = [f"{key} ({why})" for key, why in _REFUSED_IN_ZERO.items() if key in zero]
+    if "offload_param" in zero and not _offloads_to_host(zero["offload_param"], config.zero_stage):
+        refused.append("offload_param (only stage 3, and only with device cpu)")
+    if refused:
+        raise ConfigError(
+            f"{config.config_file}: zero_optimization may not hold {'; '.join(refused)}"
+        )
     zero["stage"] = config.zero_stage
+    if config.offloads_optimizer:
+        # Page-locked memory needs a GPU's driver; there it lets copies run beside computation.
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": is_on_gpu}
+        # torch's AdamW updates on the host as well; DeepSpeed's own would compile for minutes.
+        values["zero_force_ds_cpu_optimizer"] = False
     values |= {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -98,6 +122,12 @@ def deepspeed_json(
     }
     values.setdefault("steps_per_print", 10**9)
     return values
+
+
+def _offloads_to_host(offload_param: Any, zero_stage: int) -> bool:
+    return (
+        zero_stage == 3 and isinstance(offload_param, dict) and offload_param.get("device") == "cpu"
+    )
 
 
 def _read_user_json(path: Path) -> dict[str, Any]:

@@ -1,36 +1,28 @@
-"""The DeepSpeed engine: ZeRO 1 or 2, experts in parallel, fp32 or bf16."""
+"""The DeepSpeed engine: ZeRO 1, 2 or 3, experts in parallel, fp32 or bf16."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tsmoe.batch import WindowBatch
-from tsmoe.checkpoint.elastic import (
-    ParameterState,
-    Snapshot,
-    StateReader,
-    restore,
-    take_snapshot,
-)
+from tsmoe.checkpoint.elastic import Snapshot, StateReader, restore, take_snapshot
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig, deepspeed_json
 from tsmoe.engine.optimizer import OptimizerConfig, parameter_groups
 from tsmoe.engine.plain_engine import Precision
 from tsmoe.engine.protocol import UpdateReport
+from tsmoe.engine.zero_state import GroupedState, SlicedState, ZeroState
 from tsmoe.errors import ConfigError
 from tsmoe.models.output import ModelOutput
 from tsmoe.models.time_tracker import TimeTracker
-from tsmoe.moe.layer import ExpertFactory
+from tsmoe.moe.layer import ExpertFactory, MoELayer
 from tsmoe.ranks import Ranks
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def initialise_deepspeed(ranks: Ranks, *, timeout_seconds: float) -> None:
@@ -69,12 +61,13 @@ def initialise_deepspeed(ranks: Ranks, *, timeout_seconds: float) -> None:
     )
 
 
-def expert_factory(expert_parallel_size: int, ranks: Ranks) -> ExpertFactory:
+def expert_factory(expert_parallel_size: int, ranks: Ranks, *, zero_stage: int) -> ExpertFactory:
     """Return what builds this rank's share of a layer's experts. Collective: makes groups."""
-    from tsmoe.engine.deepspeed_moe import DeepSpeedExperts, expert_ranks
+    from tsmoe.engine.deepspeed_moe import DeepSpeedExperts, SlicedExperts, expert_ranks
 
     shared = expert_ranks(ranks, expert_parallel_size)
-    return functools.partial(DeepSpeedExperts, ranks=shared)
+    kind = SlicedExperts if zero_stage == 3 else DeepSpeedExperts
+    return functools.partial(kind, ranks=shared)
 
 
 class DeepSpeedEngine:
@@ -98,7 +91,9 @@ class DeepSpeedEngine:
         self.model = model
         self.ranks = ranks
         groups = parameter_groups(model, optimizer_config)
-        if any(getattr(p, "allreduce", True) is False for p in model.parameters()):
+        # Stage 3 splits groups by itself, by the ranks that a parameter is spread over.
+        has_marked = any(getattr(p, "allreduce", True) is False for p in model.parameters())
+        if has_marked and config.zero_stage != 3:
             groups = split_params_into_different_moe_groups_for_optimizer(groups)
         # torch's AdamW, not one named in the JSON: on CPU that would compile for minutes.
         optimizer = torch.optim.AdamW(
@@ -112,6 +107,7 @@ class DeepSpeedEngine:
             config,
             precision=precision,
             clip_grad_norm=optimizer_config.clip_grad_norm,
+            is_on_gpu=ranks.device.type == "cuda",
             micro_batch_size=micro_batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
         )
@@ -128,8 +124,17 @@ class DeepSpeedEngine:
                 f"{config.config_file}: DeepSpeed refuses these settings: {reason}"
             ) from error
 
-    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:  # noqa: ARG002
-        """Run the model on the context of the batch's windows; DeepSpeed counts by itself."""
+        self._state: ZeroState = GroupedState(self._zero)
+        if config.zero_stage == 3:
+            self._state = SlicedState(self._zero)
+            _announce_router_parameters(model)
+
+    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:
+        """Run the model on the context of the batch's windows."""
+        # DeepSpeed counts micro-batches itself, but tells its optimizer from a hook on the tensors
+        # that the model returns, and sees none in a `ModelOutput`: left alone, the optimizer is one
+        # micro-batch behind, and stage 3 with offload steps with the gradient of the last one only.
+        self._engine.set_gradient_accumulation_boundary(last_micro_batch)
         length = self.model.config.context_length
         return self._engine(
             batch.values_BCL[..., :length],
@@ -138,7 +143,7 @@ class DeepSpeedEngine:
         )
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
-        """Add gradients; DeepSpeed counts micro-batches itself and exchanges with the last."""
+        """Add gradients; they are exchanged with the last, under stages 2 and 3 with each."""
         self._engine.backward(loss, scale_wrt_gas=False)
         if not last_micro_batch:
             self._engine.step()  # no update within an accumulation window; it only counts
@@ -152,46 +157,24 @@ class DeepSpeedEngine:
 
     def snapshot(self) -> Snapshot:
         """Assemble masters and moments from all ranks, one parameter at a time."""
-        self._link_moments()
-        return take_snapshot(self.model, self._get_state, self.ranks)
+        self._state.begin_reading()
+        return take_snapshot(self.model, self._state.get, self.ranks)
 
     def restore(self, reader: StateReader, *, step: int) -> None:
         """Set this rank's part of masters and moments, and all of the model."""
-        for partition in self._zero.single_partition_of_fp32_groups:
-            # Adam's state comes into being with the first step; it must exist to be set.
-            self._zero.optimizer.state[partition] = {
-                "step": torch.tensor(float(step), device=partition.device),
-                **{moment: torch.zeros_like(partition) for moment in _MOMENTS},
-            }
-        self._link_moments()
-        restore(self.model, reader, self._set_state)
+        self._state.begin_writing(step)
+        restore(self.model, reader, self._state.set, shape_of=self._state.shape_of)
 
-    def _link_moments(self) -> None:
-        # DeepSpeed 0.19.8 links moments to parameters after the first group has stepped and never
-        # again, so those of later groups (experts always are one) would not be found.
-        self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _get_state(self, parameter: nn.Parameter) -> ParameterState:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+def _announce_router_parameters(model: TimeTracker) -> None:
+    """Have stage 3 gather a router's parameters in the backward pass with its layer.
 
-        if not parameter.requires_grad:
-            zero = torch.zeros_like(parameter, dtype=torch.float32)
-            return ParameterState(value=parameter.data.float(), exp_avg=zero, exp_avg_sq=zero)
-        return ParameterState(
-            value=safe_get_full_fp32_param(parameter),
-            exp_avg=safe_get_full_optimizer_state(parameter, "exp_avg"),
-            exp_avg_sq=safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
-        )
+    DeepSpeed gathers a module's parameters when a gradient arrives at a tensor that it returned; a
+    router returns a `Routing`, in which DeepSpeed sees no tensor.
+    """
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
-    def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        parameter.data.copy_(state.value)
-        if not parameter.requires_grad:
-            return
-        device = parameter.device
-        set_moment: Callable[..., None] = safe_set_full_optimizer_state
-        safe_set_full_fp32_param(parameter, state.value.to(device))
-        set_moment(parameter, state.exp_avg.to(device), "exp_avg")
-        set_moment(parameter, state.exp_avg_sq.to(device), "exp_avg_sq")
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            for parameter in layer.router.parameters():
+                register_external_parameter(layer, parameter)

@@ -46,6 +46,27 @@ class DeepSpeedExperts(Experts, MoE):
     forward = Experts.forward
 
 
+class SlicedExperts(Experts):
+    """This rank's share of a layer's experts under stage 3, where `MoE` is refused.
+
+    Stage 3 goes by what DeepSpeed writes on the parameters of its own AutoEP layers: a slice of
+    each goes to every rank that holds the same experts, its gradient is averaged over all ranks,
+    and its norm is summed over those that hold other experts. Layer, router and dispatch stay ours.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        from deepspeed.utils import groups
+
+        super().__init__(**settings)
+        name = f"ep_size_{self.ranks.size}"
+        for parameter in self.parameters(recurse=False):
+            _mark(parameter, name)
+            sliced: Any = parameter
+            sliced.ds_zero_placement_family = "autoep_expert"
+            sliced.ds_zero_partition_group_name = name
+            sliced.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
+
+
 def expert_ranks(world: Ranks, expert_parallel_size: int) -> Ranks:
     """Make DeepSpeed's expert groups and return the one of this rank. Collective."""
     from deepspeed.utils import groups

@@ -16,6 +16,7 @@ def settings_for(config: DeepSpeedEngineConfig, *, precision: str = "fp32") -> d
         config,
         precision=precision,
         clip_grad_norm=1.5,
+        is_on_gpu=False,
         micro_batch_size=4,
         gradient_accumulation_steps=3,
     )
@@ -26,12 +27,9 @@ def settings_with_file(path: Path, content: object) -> dict:
     return settings_for(DeepSpeedEngineConfig(zero_stage=2, config_file=str(path)))
 
 
-@pytest.mark.parametrize(
-    ("stage", "reason"), [(3, "refuses its expert layers"), (0, "gradient norm")]
-)
-def test_stages_that_fail_with_experts_are_refused_with_the_reason(stage: int, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"zero_stage is {stage}.*{reason}.*use 1"):
-        DeepSpeedEngineConfig(zero_stage=stage)
+def test_stage_that_fails_with_experts_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"zero_stage is 0.*gradient norm.*use 1"):
+        DeepSpeedEngineConfig(zero_stage=0)
 
 
 def test_impossible_numbers_are_refused() -> None:
@@ -69,6 +67,30 @@ def test_file_may_not_contradict_the_stage(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stage is 1 and engine\.zero_stage is 2"):
         settings_with_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 1}})
     settings_with_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("offload_optimizer", {"device": "cpu"}, r"offload_optimizer .*engine\.offloads_optimizer"),
+        ("zero_hpz_partition_size", 2, "zero_hpz_partition_size .*experts"),
+        ("compute_grad_norm", False, "compute_grad_norm .*report"),
+        ("offload_param", {"device": "nvme"}, "offload_param .*device cpu"),
+        ("offload_param", {"device": "cpu"}, "offload_param .*only stage 3"),
+    ],
+)
+def test_file_may_not_set_what_was_never_right_with_experts(
+    tmp_path: Path, key: str, value: object, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"ds\.json.*{says}"):
+        settings_with_file(tmp_path / "ds.json", {"zero_optimization": {key: value}})
+
+
+def test_offload_goes_to_host_memory_with_the_optimizer_of_the_run() -> None:
+    settings = settings_for(DeepSpeedEngineConfig(offloads_optimizer=True))
+    assert settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    assert "offload_optimizer" not in settings_for(DeepSpeedEngineConfig())["zero_optimization"]
 
 
 @pytest.mark.parametrize(("content", "says"), [("{", "not valid JSON"), ("[]", "got list")])
