@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tsmoe.nn.block_sparse import attend_in_tiles
+from tsmoe.nn.flex import attend_by_flex
 
 GraphPath = Literal["flex", "tiles"]
 
@@ -39,4 +40,5 @@ def attend_over_graph(
         adjacency_BCC: bool, row i names the variates that variate i may look at, itself among them.
     """
     query_BCNHd = query_BCNHd * query_BCNHd.shape[-1] ** -0.5
-    return attend_in_tiles(query_BCNHd, key_BCNHd, value_BCNHd, own_bias_H, adjacency_BCC)
+    attend = attend_by_flex if graph_path(query_BCNHd.device) == "flex" else attend_in_tiles
+    return attend(query_BCNHd, key_BCNHd, value_BCNHd, own_bias_H, adjacency_BCC)
