@@ -101,28 +101,22 @@ def load_picture(history: RunHistory) -> Figure | None:
     load = history.tables["load"]
     mean_SM1 = np.maximum(load.tables.mean(-1, keepdims=True), 1e-9)
     relative_SME = load.tables / mean_SM1
-    titles = [f"layer {layer}" for layer in range(history.num_layers)]
-    return _heat_maps(
-        [relative_SME[:, layer].T for layer in range(history.num_layers)],
-        load.steps, titles, rows="expert", label="load / mean load", high=2.0,
-    )  # fmt: skip
+    maps = {
+        f"layer {layer}": (load.steps, relative_SME[:, layer].T)
+        for layer in range(history.num_layers)
+    }
+    return _heat_maps(maps, rows="expert", label="load / mean load", high=2.0)
 
 
 def layers_picture(history: RunHistory) -> Figure | None:
     """Draw entropy and margin of each layer over time, as heat maps."""
     wanted = {"load_entropy": "entropy of the load (1 is even)", "margin": "router margin"}
-    there = {
-        name: title
-        for name, title in wanted.items()
-        if history.tables.get(name) and not np.isnan(history.tables[name].tables).all()
-    }
-    if not there:
-        return None
-    return _heat_maps(
-        [history.tables[name].tables.T for name in there],
-        history.tables[next(iter(there))].steps, list(there.values()), rows="layer",
-        label="", high=None,
-    )  # fmt: skip
+    maps = {}
+    for name, title in wanted.items():
+        table = history.tables.get(name)
+        if table and not np.isnan(table.tables).all():
+            maps[title] = (table.steps, table.tables.T)
+    return _heat_maps(maps, rows="layer", label="", high=None) if maps else None
 
 
 def exchange_picture(history: RunHistory) -> Figure | None:
@@ -224,15 +218,20 @@ def _curves(history: RunHistory, names: dict[str, str]) -> Figure | None:
 
 
 def _heat_maps(
-    maps: list[np.ndarray],
-    steps: np.ndarray,
-    titles: list[str],
+    maps: dict[str, tuple[np.ndarray, np.ndarray]],
     *,
     rows: str,
     label: str,
     high: float | None,
 ) -> Figure:
-    """Draw tables with time to the right, two beside each other; `high` ends a common scale."""
+    """Draw tables by title, two beside each other; `high` ends a scale that they share.
+
+    Args:
+        maps: the step of each column, and a row for each expert or layer.
+        rows: what a row is.
+        label: of the common scale.
+        high: where it ends; None gives each its own.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -240,10 +239,10 @@ def _heat_maps(
     lines = math.ceil(len(maps) / columns)
     figure = Figure(figsize=(5.5 * columns, 2.2 * lines), layout="constrained")
     all_axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    # Cells end half way between two steps.
-    between = (steps[1:] + steps[:-1]) / 2
-    edges = np.concatenate(([steps[0] - 0.5], between, [steps[-1] + 0.5]))
-    for axes, values, title in zip(all_axes, maps, titles, strict=False):
+    for axes, (title, (steps, values)) in zip(all_axes, maps.items(), strict=False):
+        # Cells end half way between two steps.
+        between = (steps[1:] + steps[:-1]) / 2
+        edges = np.concatenate(([steps[0] - 0.5], between, [steps[-1] + 0.5]))
         mesh = axes.pcolormesh(
             edges, np.arange(len(values) + 1) - 0.5, values, cmap="inferno",
             vmin=None if high is None else 0, vmax=high,
