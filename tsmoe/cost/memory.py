@@ -145,7 +145,7 @@ class _Step:
     def _forward(self) -> None:
         activations, dispatch = self._block_activations()
         if self.numerics.is_autocast:
-            # Autocast keeps its bf16 copies of the matrices for the whole pass.
+            # Autocast keeps its bf16 copies of the matrices until their gradients are there.
             count = sum(p.numel for p in self.parameters if p.is_decayed)
             self.time.take("working", 2 * count)
         self.time.take("activations", self._outside_blocks())
@@ -187,9 +187,6 @@ class _Step:
         self.gradients.ready("embed.")
         self.time.give("activations", kept.embedding_bytes(model, self.rows, numerics))
         self.time.give("working", self.tokens_bytes)
-        if numerics.is_autocast:
-            count = sum(p.numel for p in self.parameters if p.is_decayed)
-            self.time.give("working", 2 * count)
 
     def _norm_backward(self, name: str) -> None:
         wide = self.rows.tokens * self.model.d_model * _FLOAT32
@@ -320,6 +317,8 @@ class _Gradients:
         for parameter in self.trained:
             if parameter.name.startswith(prefix):
                 self._ready(parameter.numel * self.size)
+                if self.layout.numerics.is_autocast and parameter.is_decayed:
+                    self.time.give("working", 2 * parameter.numel)
 
     def _ready(self, size: int) -> None:
         if not self.layout.zero_stage:
