@@ -179,13 +179,16 @@ class Ranks:
         Every rank of the group must call it, and wait, in the same order.
 
         Args:
-            rows: floating; the first `send[0]` rows go to rank 0, and so on.
+            rows: floating, (rows, .., width); the first `send[0]` go to rank 0, and so on. Numbers
+                that accompany rows, one each, travel in their own type and count as bytes only.
             send: rows for each rank.
             receive: rows that each rank has for this one.
             label: what to tell the meter.
         """
         dtype = rows.dtype
-        rows = rows.to(self.wire_dtype or dtype).contiguous()
+        if self.wire_dtype is not None and rows.dim() > 1:
+            rows = rows.to(self.wire_dtype)
+        rows = rows.contiguous()
         got = rows.new_empty((sum(receive), *rows.shape[1:]))
         work = dist.all_to_all_single(
             got,
@@ -196,8 +199,9 @@ class Ranks:
             async_op=True,
         )
         if self.meter is not None:
-            rows_out = sum(send) - send[self.rank]
-            bytes_out = rows_out * rows.shape[1:].numel() * rows.element_size()
+            others = sum(send) - send[self.rank]
+            bytes_out = others * rows.shape[1:].numel() * rows.element_size()
+            rows_out = others * rows.shape[1:-1].numel() if rows.dim() > 1 else 0
             self.meter.record("all_to_all", label, bytes_out=bytes_out, rows_out=rows_out)
         return PendingRows(self, work, sent=rows, got=got, dtype=dtype, label=label)
 

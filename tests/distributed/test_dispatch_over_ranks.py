@@ -16,6 +16,7 @@ from tsmoe import ranks as ranks_module
 from tsmoe.moe.dispatch import run_experts
 from tsmoe.moe.experts import ExpertCompute, Experts
 from tsmoe.moe.layer import MoEConfig, MoELayer
+from tsmoe.moe.plan import plan_dispatch
 from tsmoe.moe.routers.sequence import SequenceRouter, SequenceRouterConfig
 from tsmoe.ranks import Ranks
 
@@ -87,7 +88,8 @@ def pass_tokens(case: Case, tokens_BCND: Tensor, gradient_BCND: Tensor, ranks: R
     # Detached for the experts, so that the gradient of tokens is theirs alone.
     weights_BCNK = routing.weights_BCNK.detach().clone().requires_grad_()
     apart = dataclasses.replace(routing, weights_BCNK=weights_BCNK)
-    output_BCND = run_experts(tokens_BCND, apart, experts)
+    plan = plan_dispatch(apart, ranks, layer_index=0)
+    output_BCND = run_experts(tokens_BCND, apart, experts, plan)
     output_BCND.backward(gradient_BCND)
     routing.weights_BCNK.backward(weights_BCNK.grad)
     return Passed(

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from tsmoe.config import Section
 from tsmoe.moe.layer import ExpertFactory, MoEConfig, MoELayer
+from tsmoe.moe.replay import RoutingRecord
 from tsmoe.moe.routing import Routing
 from tsmoe.nn.attention import AnyVariateAttention
 from tsmoe.nn.feed_forward import SwiGLU
+from tsmoe.nn.rms_norm import RMSNorm
 from tsmoe.nn.spans import SeriesSpans
 
 
@@ -47,9 +49,9 @@ class Block(nn.Module):
         make_experts: ExpertFactory,
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.attention_norm = RMSNorm(d_model)
         self.attention = AnyVariateAttention(d_model, num_heads, rotary_base=rotary_base)
-        self.feed_forward_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.feed_forward_norm = RMSNorm(d_model)
         self.feed_forward: MoELayer | SwiGLU
         match feed_forward:
             case MoEConfig():
@@ -72,17 +74,21 @@ class Block(nn.Module):
         state: Tensor | None,
         *,
         spans: SeriesSpans | None = None,
+        record: RoutingRecord | None = None,
     ) -> tuple[Tensor, Routing | None, Tensor | None]:
         """Return tokens, the routing (None for a dense block) and the router's state.
 
-        `spans` keep the series of a packed window apart.
+        `spans` keep the series of a packed window apart; a `record` is for passes that will be
+        computed again, see `RoutingRecord`.
         """
         attended_BCND = self.attention(self.attention_norm(tokens_BCND), adjacency_BCC, spans)
         tokens_BCND = tokens_BCND + self.dropout(attended_BCND)
         normed_BCND = self.feed_forward_norm(tokens_BCND)
         routing = None
         if isinstance(self.feed_forward, MoELayer):
-            hidden_BCND, routing, state = self.feed_forward(normed_BCND, state, spans=spans)
+            hidden_BCND, routing, state = self.feed_forward(
+                normed_BCND, state, spans=spans, record=record
+            )
         else:
             hidden_BCND = self.feed_forward(normed_BCND)
         return tokens_BCND + self.dropout(hidden_BCND), routing, state

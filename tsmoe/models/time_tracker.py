@@ -19,10 +19,12 @@ from tsmoe.models.block import Block, FeedForwardConfig
 from tsmoe.models.output import ModelOutput
 from tsmoe.moe.experts import Experts
 from tsmoe.moe.layer import ExpertFactory, MoEConfig, MoELayer
+from tsmoe.moe.replay import RoutingRecord
 from tsmoe.moe.routers import AnyRouter
 from tsmoe.moe.routing import Routing
 from tsmoe.nn.instance_norm import InstanceNormConfig, instance_statistics, packed_statistics
 from tsmoe.nn.patch import PatchEmbedding, cut_patches, patch_ends
+from tsmoe.nn.rms_norm import RMSNorm
 from tsmoe.nn.spans import SeriesSpans
 
 
@@ -128,7 +130,7 @@ class TimeTracker(nn.Module):
                 )
                 for layer_index in range(config.num_layers)
             )
-            self.output_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+            self.output_norm = RMSNorm(config.d_model)
             self.head = build_head(config.head, config.d_model, config.patch_length)
             self._initialise()
 
@@ -175,7 +177,13 @@ class TimeTracker(nn.Module):
         for block in self.blocks:
             if self.recomputes_activations and torch.is_grad_enabled():
                 tokens_BCND, routing, state = checkpoint(
-                    block, tokens_BCND, adjacency_BCC, state, spans=spans, use_reentrant=False
+                    block,
+                    tokens_BCND,
+                    adjacency_BCC,
+                    state,
+                    spans=spans,
+                    record=RoutingRecord(),
+                    use_reentrant=False,
                 )
             else:
                 tokens_BCND, routing, state = block(tokens_BCND, adjacency_BCC, state, spans=spans)

@@ -1,6 +1,6 @@
 """The routed experts of a layer, or this rank's share of them, as stacked weights.
 
-Shapes: e experts on this rank, R rows sent to them, D model width, F feed-forward width.
+Shapes: U units sent to this rank, K of its experts for each, N tokens per unit, D model width.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import hashlib
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsmoe.nn.feed_forward import gated_silu
+from tsmoe.moe.assignment import Assignment
+from tsmoe.moe.grouped_pass import run_grouped
+from tsmoe.moe.piecewise_pass import run_piecewise
 from tsmoe.ranks import Ranks
 
 ExpertCompute = Literal["auto", "grouped", "loop"]
@@ -50,6 +51,7 @@ class Experts(nn.Module):
                 f"num_experts ({num_experts}) must be a multiple of the ranks that share them "
                 f"({self.ranks.size})"
             )
+        self.layer_index = layer_index
         self.num_experts = num_experts
         self.num_local_experts = num_experts // self.ranks.size
         self.compute = compute
@@ -71,45 +73,40 @@ class Experts(nn.Module):
         first = self.ranks.rank * self.num_local_experts
         return range(first, first + self.num_local_experts)
 
-    def forward(self, rows_RD: Tensor, counts: list[int]) -> Tensor:
-        """Apply each expert to its rows.
+    def forward(self, units_UND: Tensor, weights_UK: Tensor, assignment: Assignment) -> Tensor:
+        """Return, for each unit, the weighted sum of the answers of its experts on this rank.
 
         Args:
-            rows_RD: rows in order of expert.
-            counts: rows of each local expert.
+            units_UND: what the experts of this rank are to see.
+            weights_UK: contribution of each chosen expert.
+            assignment: which of them takes which unit.
         """
-        device_type = rows_RD.device.type
+        device_type = units_UND.device.type
         if torch.is_autocast_enabled(device_type):
-            # Autocast does not know grouped matmul.
-            rows_RD = rows_RD.to(torch.get_autocast_dtype(device_type))
-        gate_up_weight = self.gate_up_weight.to(rows_RD.dtype)
-        down_weight = self.down_weight.to(rows_RD.dtype)
-        if self._uses_grouped_matmul(rows_RD):
-            offsets = torch.tensor(counts, device=rows_RD.device).cumsum(0).to(torch.int32)
-            gate_up = F.grouped_mm(rows_RD, gate_up_weight, offs=offsets)
-            return F.grouped_mm(gated_silu(gate_up), down_weight, offs=offsets)
-        # unbind, not indexing: its backward stacks once, indexing adds one full tensor an expert.
-        pieces = zip(
-            rows_RD.split(counts), gate_up_weight.unbind(), down_weight.unbind(), strict=True
+            # Autocast knows neither grouped matmul nor products into given memory.
+            units_UND = units_UND.to(torch.get_autocast_dtype(device_type))
+        run = run_grouped if self._uses_grouped_matmul(units_UND, assignment) else run_piecewise
+        return run(
+            units_UND,
+            weights_UK,
+            self.gate_up_weight.to(units_UND.dtype),
+            self.down_weight.to(units_UND.dtype),
+            assignment,
         )
-        return torch.cat([_expert(piece, gate_up, down) for piece, gate_up, down in pieces])
 
-    def _uses_grouped_matmul(self, rows_RD: Tensor) -> bool:
+    def _uses_grouped_matmul(self, units_UND: Tensor, assignment: Assignment) -> bool:
         if self.compute != "auto":
             return self.compute == "grouped"
         # Rows must be multiples of 16 bytes; on CUDA only bf16 is promised by torch.
         is_aligned = all(
-            size * rows_RD.element_size() % 16 == 0 for size in self.down_weight.shape[1:]
+            size * units_UND.element_size() % 16 == 0 for size in self.down_weight.shape[1:]
         )
-        if not is_aligned or len(rows_RD) == 0:
+        num_rows = len(assignment.order_M) * units_UND.shape[1]
+        if not is_aligned or num_rows == 0:
             return False
-        if rows_RD.is_cuda:
-            return rows_RD.dtype == torch.bfloat16
-        return len(rows_RD) < _FEW_ROWS * self.num_local_experts
-
-
-def _expert(rows_RD: Tensor, gate_up_DF: Tensor, down_FD: Tensor) -> Tensor:
-    return gated_silu(rows_RD @ gate_up_DF) @ down_FD
+        if units_UND.is_cuda:
+            return units_UND.dtype == torch.bfloat16
+        return num_rows < _FEW_ROWS * self.num_local_experts
 
 
 def _expert_seed(*parts: int | str) -> int:

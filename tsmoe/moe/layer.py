@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tsmoe.config import Section
 from tsmoe.moe.dispatch import run_experts
 from tsmoe.moe.experts import ExpertCompute, Experts
+from tsmoe.moe.plan import plan_dispatch
+from tsmoe.moe.replay import RoutingRecord
 from tsmoe.moe.routers import RouterConfig, SequenceRouterConfig, build_router
 from tsmoe.moe.routing import Routing
 from tsmoe.nn.feed_forward import SwiGLU
@@ -112,11 +114,30 @@ class MoELayer(nn.Module):
         )
 
     def forward(
-        self, tokens_BCND: Tensor, state: Tensor | None, *, spans: SeriesSpans | None = None
+        self,
+        tokens_BCND: Tensor,
+        state: Tensor | None,
+        *,
+        spans: SeriesSpans | None = None,
+        record: RoutingRecord | None = None,
     ) -> tuple[Tensor, Routing, Tensor | None]:
-        """Return the layer's output, its routing, and the router's state for the next layer."""
-        routing, state = self.router(tokens_BCND, state, spans=spans)
-        hidden_BCND = run_experts(tokens_BCND, routing, self.experts)
-        if self.always_on is not None:
-            hidden_BCND = hidden_BCND + self.always_on(tokens_BCND)
+        """Return the layer's output, its routing, and the router's state for the next layer.
+
+        A `record` of an earlier pass over the same tokens replaces the decision.
+        """
+        record = RoutingRecord() if record is None else record
+        routing, state = self.router(tokens_BCND, state, spans=spans, decision=record.decision)
+        plan = record.plan
+        if plan is None:
+            experts = self.experts
+            plan = plan_dispatch(routing, experts.ranks, layer_index=experts.layer_index)
+            record.keep(routing, plan)
+        always_on = self.always_on
+        hidden_BCND = run_experts(
+            tokens_BCND,
+            routing,
+            self.experts,
+            plan,
+            alongside=None if always_on is None else lambda: always_on(tokens_BCND),
+        )
         return hidden_BCND, routing, state

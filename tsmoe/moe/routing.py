@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The part of a routing that is decided, not computed: it has no gradient."""
+
+    expert_ids_BCNK: Tensor
+    load_E: Tensor
+    margin: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Routing:
     """Which experts each token goes to and how much each contributes."""
 
@@ -32,8 +41,18 @@ class Routing:
     is_per_sequence: bool
     """Whether all tokens of a variate share one decision, so that whole sequences may move.
     Of packed windows they do not: their series differ in length."""
+    margin: Tensor
+    """float32 scalar, detached: by how much the last chosen expert's score, load bias included,
+    exceeds that of the best that was not chosen, on average over decisions; NaN without either."""
     is_token_BCN: Tensor | None = None
     """bool, of packed windows: tokens of no series reach no routed expert. None: all do."""
+
+    @property
+    def decision(self) -> Decision:
+        """What a pass that is computed again must not decide again."""
+        return Decision(
+            expert_ids_BCNK=self.expert_ids_BCNK, load_E=self.load_E, margin=self.margin
+        )
 
 
 class Router(Protocol):
@@ -47,7 +66,12 @@ class Router(Protocol):
     """Moved after each optimizer step, from loads summed over all ranks."""
 
     def forward(
-        self, tokens_BCND: Tensor, state: Tensor | None, *, spans: SeriesSpans | None = None
+        self,
+        tokens_BCND: Tensor,
+        state: Tensor | None,
+        *,
+        spans: SeriesSpans | None = None,
+        decision: Decision | None = None,
     ) -> tuple[Routing, Tensor | None]:
-        """Route normalised tokens."""
+        """Route normalised tokens; with a `decision`, only weigh what it chose."""
         ...

@@ -257,7 +257,7 @@ def test_tokens_of_no_series_reach_no_expert(make_model, packs) -> None:
     rows: list[int] = []
     for block in model.blocks:
         block.feed_forward.experts.register_forward_pre_hook(
-            lambda _, arguments: rows.append(len(arguments[0]))
+            lambda _, arguments: rows.append(len(arguments[2].order_M))
         )
     batch = batch_of(packs, length=model.config.window_length, stride=PATCH)
     with torch.no_grad():

@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsmoe.moe.dispatch import run_experts
+from tsmoe.moe import dispatch
 from tsmoe.moe.experts import Experts
+from tsmoe.moe.plan import plan_dispatch
 from tsmoe.moe.routing import Routing
 
 E, D = 5, 16
@@ -35,8 +36,14 @@ def random_routing(tokens_BCND: Tensor, weights_BCNK: Tensor, *, mode: str) -> R
         weights_BCNK=weights_BCNK,
         scores_BCNE=torch.zeros(B, C, decisions, E),
         load_E=ids_BCNK.flatten().bincount(minlength=E),
+        margin=torch.tensor(0.0),
         is_per_sequence=mode == "sequence",
     )
+
+
+def run_experts(tokens_BCND: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    plan = plan_dispatch(routing, experts.ranks, layer_index=0)
+    return dispatch.run_experts(tokens_BCND, routing, experts, plan)
 
 
 def run_naively(tokens_BCND: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -86,8 +93,8 @@ def test_gradients_are_those_of_finite_differences(mode: str) -> None:
         routing = random_routing(tokens, weights, mode=mode)
         weights_of = {"gate_up_weight": gate_up, "down_weight": down}
 
-        def call(rows: Tensor, counts: list[int]) -> Tensor:
-            return torch.func.functional_call(experts, weights_of, (rows, counts))
+        def call(*arguments: object) -> Tensor:
+            return torch.func.functional_call(experts, weights_of, arguments)
 
         call.ranks = experts.ranks
         return run_experts(tokens, routing, call)
@@ -134,6 +141,7 @@ def test_sequence_routing_gives_the_same_as_token_routing_of_the_same_decision()
         weights_BCNK=whole.weights_BCNK,
         scores_BCNE=whole.scores_BCNE,
         load_E=whole.load_E * 4,
+        margin=whole.margin,
         is_per_sequence=False,
     )
     torch.testing.assert_close(

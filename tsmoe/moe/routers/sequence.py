@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tsmoe.config import Section
 from tsmoe.moe.routers.load_bias import LoadBias
-from tsmoe.moe.routing import Routing
+from tsmoe.moe.routing import Decision, Routing
 from tsmoe.nn.spans import SeriesSpans, mean_within
 
 
@@ -56,7 +56,12 @@ class SequenceRouter(nn.Module):
         self.balance = LoadBias(num_experts)
 
     def forward(
-        self, tokens_BCND: Tensor, state: Tensor | None, *, spans: SeriesSpans | None = None
+        self,
+        tokens_BCND: Tensor,
+        state: Tensor | None,
+        *,
+        spans: SeriesSpans | None = None,
+        decision: Decision | None = None,
     ) -> tuple[Routing, Tensor | None]:
         """Route; the state passes through untouched, as this router keeps none."""
         # bf16 affinities of neighbouring experts would tie; the product is small, so fp32 is cheap.
@@ -64,29 +69,40 @@ class SequenceRouter(nn.Module):
             logits_BCNE = tokens_BCND.float() @ self.clusters_ED.float().T
             scores_BCNE = self._pool(logits_BCNE.sigmoid(), spans)
         patches = logits_BCNE.shape[2]
-        biased_BCNE = scores_BCNE.detach() + self.balance.bias_E
-        expert_ids_BCNK = biased_BCNE.topk(self.top_k, dim=-1).indices
+        if decision is None:
+            decision = self._decide(scores_BCNE.detach(), spans)
+        expert_ids_BCNK = decision.expert_ids_BCNK[:, :, : scores_BCNE.shape[2]]
         chosen_BCNK = scores_BCNE.gather(-1, expert_ids_BCNK)
         weights_BCNK = chosen_BCNK
         if self.top_k > 1:
             # A single weight renormalised would be 1 whatever the score: no gradient to the router.
             weights_BCNK = chosen_BCNK / chosen_BCNK.sum(-1, keepdim=True)
-        is_counted_BCN = None
-        if spans is not None:
-            is_counted_BCN = spans.is_token_BCN
-            if self.mode == "sequence":  # one decision for each series
-                is_counted_BCN = spans.is_last()
-        counted = expert_ids_BCNK if is_counted_BCN is None else expert_ids_BCNK[is_counted_BCN]
-        load_E = torch.bincount(counted.flatten(), minlength=len(self.clusters_ED))
         routing = Routing(
             expert_ids_BCNK=expert_ids_BCNK.expand(-1, -1, patches, -1),
             weights_BCNK=weights_BCNK.expand(-1, -1, patches, -1),
             scores_BCNE=scores_BCNE,
-            load_E=load_E,
+            load_E=decision.load_E,
+            margin=decision.margin,
             is_per_sequence=self.mode == "sequence" and spans is None,
             is_token_BCN=None if spans is None else spans.is_token_BCN,
         )
         return routing, state
+
+    def _decide(self, scores_BCNE: Tensor, spans: SeriesSpans | None) -> Decision:
+        """Choose experts and count what was chosen."""
+        num_experts = scores_BCNE.shape[-1]
+        best = (scores_BCNE + self.balance.bias_E).topk(min(self.top_k + 1, num_experts), dim=-1)
+        expert_ids_BCNK = best.indices[..., : self.top_k]
+        counted, values = expert_ids_BCNK, best.values
+        if spans is not None:  # in sequence mode one decision for each series
+            is_counted_BCN = spans.is_last() if self.mode == "sequence" else spans.is_token_BCN
+            counted, values = counted[is_counted_BCN], values[is_counted_BCN]
+        missed = values[..., self.top_k :]  # empty where all experts are chosen
+        return Decision(
+            expert_ids_BCNK=expert_ids_BCNK,
+            load_E=torch.bincount(counted.flatten(), minlength=num_experts),
+            margin=(values[..., self.top_k - 1 : self.top_k] - missed).mean(),
+        )
 
     def _pool(self, scores_BCNE: Tensor, spans: SeriesSpans | None) -> Tensor:
         """Average over the tokens that a decision is made for; N becomes 1 for a whole window."""
