@@ -31,8 +31,7 @@ class Numerics:
     is_autocast: bool = False
     """Weights are float32 and cast before each use: the plain engine's bf16."""
     has_fused_norms: bool = False
-    """CUDA's RMS norm keeps its input alone; the composite one of processors its input and the
-    normalised values, both in float32."""
+    """CUDA's RMS norm needs one tensor of tokens while it goes backward; ours three in float32."""
 
     @property
     def weight(self) -> int:
@@ -71,12 +70,8 @@ class Rows:
 
 
 def norm_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
-    """RMS norm: its input, what its kernel keeps, and its output."""
-    width, element = model.d_model, numerics.element
-    if numerics.has_fused_norms and not numerics.is_autocast:
-        return rows.tokens * (2 * width * element + _FLOAT32)
-    # The input as float32 (itself, or a copy), the normalised values, and the output.
-    return rows.tokens * (2 * width * _FLOAT32 + width * element + _FLOAT32)
+    """RMS norm: its input, one number of each token, and its output."""
+    return rows.tokens * (2 * model.d_model * numerics.element + _FLOAT32)
 
 
 def attention_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
