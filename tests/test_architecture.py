@@ -47,7 +47,7 @@ BANS = (
 
 # The parts of tsmoe, lowest layer first: a part imports from its own layer and those before it.
 LAYERS = (
-    ("errors", "config", "batch", "ranks"),
+    ("errors", "config", "batch", "host_memory", "ranks"),
     ("nn",),
     ("moe",),
     ("heads", "models", "losses"),
