@@ -1,7 +1,8 @@
 """Attention over a graph of variates that never holds a matrix over all pairs of tokens.
 
-Scores are made, used and dropped in tiles of bounded size, and made again in the backward pass, so
-that nothing is kept but queries, keys, values and output. A window goes one of two ways:
+Scores are made and used in tiles of bounded size. Kept are queries, keys, values and output; the
+weights too where they are few and so at most double that, else they are made again in the backward
+pass. A window goes one of two ways:
 `CausalTiles` lay tokens out by time, so that all keys of the past are one block and none of the
 future is multiplied; `NeighbourTiles` gather for each variate the keys of its neighbours alone.
 
@@ -35,7 +36,7 @@ def attend_in_tiles(
     with the neighbours, or with half of all pairs where these are many.
 
     Args:
-        query_BCNHd: scaled and rotated.
+        query_BCNHd: rotated; scores are scaled by the root of d.
         key_BCNHd: rotated.
         value_BCNHd: what is averaged.
         own_bias_H: added to the scores of a variate with itself.
@@ -72,14 +73,17 @@ class _TiledAttention(torch.autograd.Function):
         adjacency_BCC: Tensor,
     ) -> Tensor:
         output_BCNHd = torch.empty_like(query_BCNHd, memory_format=torch.contiguous_format)
+        weights: list[Tensor] = []
+        is_learning = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
         for windows, tiles in _ways(adjacency_BCC, query_BCNHd.shape[2]):
             query, key, value = (
                 tiles.lay_out(part[windows]) for part in (query_BCNHd, key_BCNHd, value_BCNHd)
             )
-            output_BCNHd[windows] = tiles.lay_back(tiles.attend(query, key, value, own_bias_H))
-        ctx.save_for_backward(
-            query_BCNHd, key_BCNHd, value_BCNHd, own_bias_H, adjacency_BCC, output_BCNHd
-        )
+            kept = weights if is_learning and _is_kept(tiles, query) else None
+            attended = tiles.attend(query, key, value, own_bias_H, kept=kept)
+            output_BCNHd[windows] = tiles.lay_back(attended)
+        inputs = (query_BCNHd, key_BCNHd, value_BCNHd)
+        ctx.save_for_backward(*inputs, own_bias_H, adjacency_BCC, output_BCNHd, *weights)
         return output_BCNHd
 
     @staticmethod
@@ -87,18 +91,31 @@ class _TiledAttention(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, grad_BCNHd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        *inputs, own_bias_H, adjacency_BCC, output_BCNHd = ctx.saved_tensors  # type: ignore[attr-defined]
+        saved = ctx.saved_tensors  # type: ignore[attr-defined]
+        inputs, (own_bias_H, adjacency_BCC, output_BCNHd) = saved[:3], saved[3:6]
+        weights = iter(saved[6:])
         grads = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in inputs]
         grad_own_bias_H = torch.zeros_like(own_bias_H, dtype=torch.float64)
+        wide = torch.promote_types(grad_BCNHd.dtype, torch.float32)
+        shift_BCNH1 = (grad_BCNHd.to(wide) * output_BCNHd).sum(-1, keepdim=True)
         for windows, tiles in _ways(adjacency_BCC, grad_BCNHd.shape[2]):
-            query, key, value, output, grad = (
-                tiles.lay_out(part[windows]) for part in (*inputs, output_BCNHd, grad_BCNHd)
+            query, key, value, grad, shift = (
+                tiles.lay_out(part[windows]) for part in (*inputs, grad_BCNHd, shift_BCNH1)
             )
-            *found, grad_own_H = tiles.backward(query, key, value, own_bias_H, output, grad)
+            kept = weights if _is_kept(tiles, query) else None
+            *found, grad_own_H = tiles.backward(
+                query, key, value, own_bias_H, grad, shift, kept=kept
+            )
             for whole, part in zip(grads, found, strict=True):
                 whole[windows] = tiles.lay_back(part)
             grad_own_bias_H += grad_own_H
         return grads[0], grads[1], grads[2], grad_own_bias_H.to(own_bias_H.dtype), None
+
+
+def _is_kept(tiles: Tiles, query: Tensor) -> bool:
+    """Say whether all weights are smaller than query, key, value and output, which are kept too."""
+    weight_bytes = torch.promote_types(query.dtype, torch.float32).itemsize
+    return tiles.scores_per_query * weight_bytes <= 4 * query.shape[-1] * query.itemsize
 
 
 def _ways(adjacency_BCC: Tensor, patches: int) -> list[tuple[Tensor | slice, Tiles]]:

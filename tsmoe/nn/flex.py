@@ -95,7 +95,7 @@ def attend_by_flex(
     heads = (order.lay_out(part) for part in (query_BCNHd, key_BCNHd, value_BCNHd))
     # The gradient of the bias is a sum over all pairs: kept in float32.
     bias = score_function(own_bias_H.float(), order)
-    return order.lay_back(attend(*heads, score_mod=bias, block_mask=block_mask, scale=1.0))
+    return order.lay_back(attend(*heads, score_mod=bias, block_mask=block_mask))
 
 
 @cache

@@ -39,6 +39,5 @@ def attend_over_graph(
         own_bias_H: added to the scaled scores of a variate with itself.
         adjacency_BCC: bool, row i names the variates that variate i may look at, itself among them.
     """
-    query_BCNHd = query_BCNHd * query_BCNHd.shape[-1] ** -0.5
     attend = attend_by_flex if graph_path(query_BCNHd.device) == "flex" else attend_in_tiles
     return attend(query_BCNHd, key_BCNHd, value_BCNHd, own_bias_H, adjacency_BCC)

@@ -32,8 +32,20 @@ class Tiles(Protocol):
     def lay_back(self, heads: Tensor) -> Tensor:
         """Undo `lay_out`."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, own_bias_H: Tensor) -> Tensor:
-        """Return what the queries see, laid out."""
+    @property
+    def scores_per_query(self) -> float:
+        """Scores that are made for one query of one head, on average."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own_bias_H: Tensor,
+        *,
+        kept: list[Tensor] | None,
+    ) -> Tensor:
+        """Return what the queries see, laid out; the weights of each tile are added to `kept`."""
 
     def backward(
         self,
@@ -41,10 +53,22 @@ class Tiles(Protocol):
         key: Tensor,
         value: Tensor,
         own_bias_H: Tensor,
-        output: Tensor,
         grad: Tensor,
+        shift: Tensor,
+        *,
+        kept: Iterator[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return gradients of query, key and value, laid out, and of own_bias_H."""
+        """Return gradients of query, key and value, laid out, and of own_bias_H.
+
+        Args:
+            query: as in `attend`, like all that follow.
+            key: rotated.
+            value: what is averaged.
+            own_bias_H: of scores of a variate with itself.
+            grad: gradient of what the queries see.
+            shift: dot product of that and what they see, head width 1.
+            kept: weights of each tile; None: they are made again.
+        """
 
 
 class CausalTiles:
@@ -56,6 +80,11 @@ class CausalTiles:
         self.device = adjacency_WCC.device
         self.steps = _steps_per_block(self.variates, patches)
         self.is_absent_WCC = None if bool(adjacency_WCC.all()) else ~adjacency_WCC
+
+    @property
+    def scores_per_query(self) -> float:
+        """Scores that are made for one query of one head, on average."""
+        return self.pairs(self.variates, self.patches) / (self.variates * self.patches)
 
     @staticmethod
     def pairs(variates: int, patches: int) -> int:
@@ -73,11 +102,21 @@ class CausalTiles:
         """Return heads_WCNHd."""
         return heads_ZNCd.unflatten(0, (self.windows, -1)).permute(0, 3, 2, 1, 4)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, own_bias_H: Tensor) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own_bias_H: Tensor,
+        *,
+        kept: list[Tensor] | None,
+    ) -> Tensor:
         """Return attended_ZNCd."""
         attended_ZNCd = torch.empty_like(query)
         for tile in self._tiles(len(query)):
             weights_ZRS = self._weights(tile, query, key, own_bias_H)
+            if kept is not None:
+                kept.append(weights_ZRS)
             found_ZRd = weights_ZRS.to(value.dtype) @ tile.keys(value)
             tile.queries(attended_ZNCd).copy_(found_ZRd.view_as(tile.queries(attended_ZNCd)))
         return attended_ZNCd
@@ -88,8 +127,10 @@ class CausalTiles:
         key: Tensor,
         value: Tensor,
         own_bias_H: Tensor,
-        output: Tensor,
         grad: Tensor,
+        shift: Tensor,
+        *,
+        kept: Iterator[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return gradients of query, key and value, as laid out, and of own_bias_H."""
         grad_query = torch.empty_like(query)
@@ -98,18 +139,18 @@ class CausalTiles:
         heads = len(own_bias_H)
         grad_own_H = torch.zeros(heads, dtype=torch.float64, device=self.device)
         for tile in self._tiles(len(query)):
-            weights_ZRS = self._weights(tile, query, key, own_bias_H)
-            query_ZRd, grad_ZRd, output_ZRd = (
-                tile.queries(part).flatten(1, 2) for part in (query, grad, output)
+            weights_ZRS = next(kept) if kept else self._weights(tile, query, key, own_bias_H)
+            query_ZRd, grad_ZRd, shift_ZR1 = (
+                tile.queries(part).flatten(1, 2) for part in (query, grad, shift)
             )
             _accumulate(tile.keys(grad_value), weights_ZRS.to(value.dtype).mT, grad_ZRd)
-            slope_ZRS = _score_slope(weights_ZRS, grad_ZRd, output_ZRd, tile.keys(value))
+            slope_ZRS = _score_slope(weights_ZRS, grad_ZRd, shift_ZR1, tile.keys(value))
             own_Z = self._own(tile, slope_ZRS).sum((1, 2, 3), dtype=torch.float64)
             grad_own_H.index_add_(0, tile.batch_numbers(self.device) % heads, own_Z)
             slope_ZRS = slope_ZRS.to(key.dtype)
             target = tile.queries(grad_query)
-            target.copy_((slope_ZRS @ tile.keys(key)).view_as(target))
-            _accumulate(tile.keys(grad_key), slope_ZRS.mT, query_ZRd)
+            target.copy_(_product(slope_ZRS, tile.keys(key), factor=_scale(key)).view_as(target))
+            _accumulate(tile.keys(grad_key), slope_ZRS.mT, query_ZRd, factor=_scale(query))
         return grad_query, grad_key.to(key.dtype), grad_value.to(key.dtype), grad_own_H
 
     def _tiles(self, batches: int) -> Iterator[_Block]:
@@ -183,6 +224,11 @@ class NeighbourTiles:
         is_other_XC.diagonal(dim1=1, dim2=2).fill_(False)
         self.is_other_XC = is_other_XC.flatten(0, 1)
 
+    @property
+    def scores_per_query(self) -> float:
+        """Scores that are made for one query of one head, on average."""
+        return self.patches * (1 + float(self.is_other_XC.sum()) / len(self.is_other_XC))
+
     def lay_out(self, heads_WCNHd: Tensor) -> Tensor:
         """Return heads_HXNd, X = W*C."""
         return heads_WCNHd.flatten(0, 1).permute(2, 0, 1, 3).contiguous()
@@ -191,12 +237,22 @@ class NeighbourTiles:
         """Return heads_WCNHd."""
         return heads_HXNd.permute(1, 2, 0, 3).unflatten(0, (self.windows, -1))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, own_bias_H: Tensor) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own_bias_H: Tensor,
+        *,
+        kept: list[Tensor] | None,
+    ) -> Tensor:
         """Return attended_HXNd."""
         attended_HXNd = torch.empty_like(query)
         for row_G, neighbour_GJ in self._groups(query):
             query_ZRd, key_ZSd, value_ZSd = _gather(query, key, value, row_G, neighbour_GJ)
             weights_ZRS = self._weights(query_ZRd, key_ZSd, own_bias_H)
+            if kept is not None:
+                kept.append(weights_ZRS)
             found_ZRd = weights_ZRS.to(value.dtype) @ value_ZSd
             attended_HXNd[:, row_G] = found_ZRd.unflatten(0, (len(query), -1))
         return attended_HXNd
@@ -207,8 +263,10 @@ class NeighbourTiles:
         key: Tensor,
         value: Tensor,
         own_bias_H: Tensor,
-        output: Tensor,
         grad: Tensor,
+        shift: Tensor,
+        *,
+        kept: Iterator[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return gradients of query, key and value, as laid out, and of own_bias_H."""
         heads = len(query)
@@ -218,16 +276,18 @@ class NeighbourTiles:
         grad_own_H = torch.zeros(heads, dtype=torch.float64, device=query.device)
         for row_G, neighbour_GJ in self._groups(query):
             query_ZRd, key_ZSd, value_ZSd = _gather(query, key, value, row_G, neighbour_GJ)
-            grad_ZRd, output_ZRd = (part[:, row_G].flatten(0, 1) for part in (grad, output))
-            weights_ZRS = self._weights(query_ZRd, key_ZSd, own_bias_H)
+            grad_ZRd, shift_ZR1 = (part[:, row_G].flatten(0, 1) for part in (grad, shift))
+            weights_ZRS = next(kept) if kept else self._weights(query_ZRd, key_ZSd, own_bias_H)
             grad_value_ZSd = weights_ZRS.to(value.dtype).mT @ grad_ZRd
-            slope_ZRS = _score_slope(weights_ZRS, grad_ZRd, output_ZRd, value_ZSd)
+            slope_ZRS = _score_slope(weights_ZRS, grad_ZRd, shift_ZR1, value_ZSd)
             grad_own_H += self._own(slope_ZRS, heads).sum((1, 2, 3), dtype=torch.float64)
             slope_ZRS = slope_ZRS.to(key.dtype)
-            grad_query[:, row_G] = (slope_ZRS @ key_ZSd).unflatten(0, (heads, -1))
+            grad_query[:, row_G] = _product(slope_ZRS, key_ZSd, factor=_scale(key)).unflatten(
+                0, (heads, -1)
+            )
             for whole, part_ZSd in (
                 (grad_value, grad_value_ZSd),
-                (grad_key, slope_ZRS.mT @ query_ZRd),
+                (grad_key, _product(slope_ZRS.mT, query_ZRd, factor=_scale(key))),
             ):
                 part = part_ZSd.view(heads, neighbour_GJ.numel(), *whole.shape[2:])
                 whole.index_add_(1, neighbour_GJ.flatten(), part.to(wide))
@@ -279,7 +339,16 @@ def _gather(
 def _scores(query_ZRd: Tensor, key_ZSd: Tensor) -> Tensor:
     # Never below float32: rounded to bfloat16 a score of 8 is off by 0.03, its weight by 3 %.
     wide = torch.promote_types(query_ZRd.dtype, torch.float32)
-    return query_ZRd.to(wide) @ key_ZSd.to(wide).mT
+    return _product(query_ZRd.to(wide), key_ZSd.to(wide).mT, factor=_scale(query_ZRd))
+
+
+def _product(left: Tensor, right: Tensor, *, factor: float) -> Tensor:
+    # The factor costs nothing within the product; what is added is ignored, as beta is 0.
+    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=factor)
+
+
+def _scale(heads: Tensor) -> float:
+    return heads.shape[-1] ** -0.5
 
 
 def _softmax(scores_ZRS: Tensor) -> Tensor:
@@ -287,16 +356,17 @@ def _softmax(scores_ZRS: Tensor) -> Tensor:
 
 
 def _score_slope(
-    weights_ZRS: Tensor, grad_ZRd: Tensor, output_ZRd: Tensor, value_ZSd: Tensor
+    weights_ZRS: Tensor, grad_ZRd: Tensor, shift_ZR1: Tensor, value_ZSd: Tensor
 ) -> Tensor:
     """Return the gradient of the scores."""
-    shift_ZR1 = (grad_ZRd.to(weights_ZRS.dtype) * output_ZRd).sum(-1, keepdim=True)
     slope_ZRS = (grad_ZRd @ value_ZSd.mT).to(weights_ZRS.dtype)
     return slope_ZRS.sub_(shift_ZR1).mul_(weights_ZRS)
 
 
-def _accumulate(sum_ZSd: Tensor, left_ZSR: Tensor, right_ZRd: Tensor) -> None:
+def _accumulate(
+    sum_ZSd: Tensor, left_ZSR: Tensor, right_ZRd: Tensor, *, factor: float = 1.0
+) -> None:
     if sum_ZSd.dtype == left_ZSR.dtype:
-        sum_ZSd.baddbmm_(left_ZSR, right_ZRd)
+        sum_ZSd.baddbmm_(left_ZSR, right_ZRd, alpha=factor)
     else:
-        sum_ZSd += left_ZSR @ right_ZRd
+        sum_ZSd.add_(left_ZSR @ right_ZRd, alpha=factor)

@@ -44,7 +44,7 @@ def dense_attention(
 ) -> Tensor:
     """Attend with one score for every pair of tokens, left to autograd."""
     _, variates, patches, *_ = query.shape
-    scores = torch.einsum("bimhd,bjnhd->bhimjn", query, key)
+    scores = torch.einsum("bimhd,bjnhd->bhimjn", query, key) / query.shape[-1] ** 0.5
     is_own = torch.eye(variates, dtype=torch.bool)[:, None, :, None]
     per_head = (slice(None), None, None, None, None)
     scores = scores + torch.where(is_own, own_H[per_head], other_H[per_head])
@@ -61,7 +61,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 5), (3, 6, 1), (2, 5, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 5), (3, 6, 1), (2, 5, 4), (2, 7, 5)], ids=str)
 @pytest.mark.parametrize("scores_at_most", [1, 150, 2**19])
 def test_tiles_of_any_size_equal_dense_masks_with_gradients(
     way, kind: str, sizes: tuple[int, int, int], scores_at_most: int, monkeypatch
@@ -111,7 +111,7 @@ def test_layer_gives_every_parameter_the_gradient_of_dense_masks(way) -> None:
     tables = rotary_tables(torch.arange(4), WIDTH, base=10000.0)
     query, key, value = (part.unflatten(0, (2, 5)) for part in split_rotated(projected, *tables))
     attended = dense_attention(
-        query / WIDTH**0.5,
+        query,
         key,
         value,
         attention.same_variate_bias_H,
@@ -211,5 +211,5 @@ def test_reference_of_this_file_is_softmax_attention() -> None:
     zeros_H = torch.zeros(H, dtype=torch.float64)
     found = dense_attention(query, key, value, zeros_H, zeros_H, graph("all", 1, 1))
     query, key, value = (part[:, 0].transpose(1, 2) for part in (query, key, value))
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(found[:, 0].transpose(1, 2), expected)
