@@ -88,7 +88,7 @@ class MetricsWriter:
             speed: of the step.
         """
         is_shown = step % self._log_every_steps == 0
-        scalars = {
+        scalars: dict[str, float | None] = {
             "loss/train": report.loss,
             "optimizer/grad_norm": report.grad_norm,
             "optimizer/lr": report.lr,
@@ -120,25 +120,9 @@ class MetricsWriter:
             line["speed/of_step_before"] = of_ranks | of_layers
         self._write_line(line)
         if is_shown:
-            self._show_step(step, scalars, by_layer)
             share_ME = report.load_ME / report.load_ME.sum(-1, keepdim=True).clamp(min=1)
-            self._show_experts(step, {"load_share": share_ME, "load_bias": bias_ME})
-
-    def _show_step(
-        self,
-        step: int,
-        scalars: Mapping[str, float | None],
-        by_layer: Mapping[str, Sequence[float | None]],
-    ) -> None:
-        self._write_scalars(step, scalars)
-        for name, values in by_layer.items():
-            self._write_scalars(step, {f"{name}/layer_{m:02}": v for m, v in enumerate(values)})
-
-    def _show_experts(self, step: int, tables: Mapping[str, Tensor]) -> None:
-        for name, table_ME in tables.items():
-            for layer, row in enumerate(table_ME.tolist()):
-                tags = {f"{name}/layer_{layer:02}/expert_{e:03}": v for e, v in enumerate(row)}
-                self._write_scalars(step, tags)
+            of_experts = _by_expert("load_share", share_ME) | _by_expert("load_bias", bias_ME)
+            self._write_scalars(step, scalars | _by_layer(by_layer) | of_experts)
 
     def write_sources(self, step: int, shares: Mapping[str, float]) -> None:
         """Record the part that each source had in the windows since the last such line."""
@@ -176,9 +160,16 @@ class MetricsWriter:
             ) from error
 
     def _write_scalars(self, step: int, scalars: Mapping[str, float | None]) -> None:
-        for tag, value in scalars.items():
-            if value is not None:
-                self._board.add_scalar(tag, value, step)
+        """Write all values of a step as one event: 230 of the tiny preset took 4 ms one by one."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        values = [
+            Summary.Value(tag=tag, simple_value=value)
+            for tag, value in scalars.items()
+            if value is not None
+        ]
+        events: Any = self._board.file_writer  # torch says that it is None
+        events.add_summary(Summary(value=values), step)
 
 
 def cost_metrics(
@@ -209,6 +200,22 @@ def cost_metrics(
         "rows_moved": list(cost.rows_moved_M),
         "forward_seconds": cost.forward_all_to_all_seconds_M,
         "backward_seconds": cost.backward_all_to_all_seconds_M,
+    }
+
+
+def _by_layer(lists: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
+    return {
+        f"{name}/layer_{layer:02}": value
+        for name, values in lists.items()
+        for layer, value in enumerate(values)
+    }
+
+
+def _by_expert(name: str, table_ME: Tensor) -> dict[str, float | None]:
+    return {
+        f"{name}/layer_{layer:02}/expert_{expert:03}": value
+        for layer, row in enumerate(table_ME.tolist())
+        for expert, value in enumerate(row)
     }
 
 
