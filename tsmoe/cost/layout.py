@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from tsmoe.cost.activations import Numerics
+from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig, deepspeed_json
 
-# DeepSpeed 0.19.8 allocates its reduction bucket whole, however small the model is.
+if TYPE_CHECKING:
+    from tsmoe.engine.build import RunSettings
+
+# DeepSpeed's own; it allocates the bucket whole.
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
 
 
@@ -30,7 +34,11 @@ class Layout:
     accumulation_steps: int = 1
     """Passes per optimizer step."""
     bucket_elements: int = DEFAULT_BUCKET_ELEMENTS
-    """Elements of DeepSpeed's reduction bucket."""
+    """Elements of DeepSpeed's reduction bucket; never more than there are parameters."""
+    overlaps_reduction: bool = False
+    """Gradients are reduced beside the backward pass."""
+    wire_precision: Literal["same", "bf16"] = "same"
+    """Of rows between ranks."""
     is_on_gpu: bool = True
 
     @property
@@ -42,6 +50,11 @@ class Layout:
             is_autocast=is_bf16 and self.zero_stage == 0,
             has_fused_norms=self.is_on_gpu,
         )
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of a number that is sent to another rank's experts."""
+        return 2 if self.wire_precision == "bf16" else self.numerics.element
 
     @property
     def expert_data_parallel_size(self) -> int:
@@ -60,3 +73,40 @@ class Layout:
         parts += ["recompute"] if self.recomputes else []
         parts += ["offload"] if self.offloads_optimizer else []
         return ", ".join(parts)
+
+
+def layout_of(config: RunSettings, world_size: int, *, is_on_gpu: bool) -> Layout:
+    """Read the layout that a run's settings give on so many ranks.
+
+    Raises:
+        ConfigError: if the DeepSpeed JSON that they name cannot be read, or is refused.
+    """
+    training, engine = config.training, config.engine
+    accumulation_steps = training.gradient_accumulation_steps(world_size)
+    layout = Layout(
+        world_size=world_size,
+        precision=training.precision,
+        recomputes=training.recomputes_activations,
+        micro_batch_size=training.micro_batch_size,
+        accumulation_steps=accumulation_steps,
+        is_on_gpu=is_on_gpu,
+    )
+    if not isinstance(engine, DeepSpeedEngineConfig):
+        return layout
+    settings = deepspeed_json(
+        engine,
+        precision=training.precision,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
+        is_on_gpu=is_on_gpu,
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps,
+    )
+    zero = settings["zero_optimization"]
+    return replace(
+        layout,
+        expert_parallel_size=config.expert_parallel_size(world_size),
+        zero_stage=zero["stage"],
+        offloads_optimizer=engine.offloads_optimizer,
+        bucket_elements=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)),
+        overlaps_reduction=bool(zero.get("overlap_comm", zero["stage"] == 3)),
+    )

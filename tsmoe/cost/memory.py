@@ -51,11 +51,17 @@ def plan_memory(
         variates: of each window, every one by itself.
         imbalance: rows that the fullest rank of an expert-parallel group receives, over the mean.
     """
+    rows = rows_of(model, layout, variates=variates, imbalance=imbalance)
+    return _Step(model, layout, rows).run()
+
+
+def rows_of(model: TimeTrackerConfig, layout: Layout, *, variates: int, imbalance: float) -> Rows:
+    """Count what a rank's micro-batch holds. Arguments as above."""
     from tsmoe.moe.layer import MoEConfig
     from tsmoe.nn.patch import num_patches
 
     feed_forward = model.feed_forward
-    rows = Rows(
+    return Rows(
         windows=layout.micro_batch_size,
         series=layout.micro_batch_size * variates,
         patches=num_patches(
@@ -64,7 +70,6 @@ def plan_memory(
         top_k=feed_forward.router.top_k if isinstance(feed_forward, MoEConfig) else 0,
         imbalance=imbalance if layout.expert_parallel_size > 1 else 1.0,
     )
-    return _Step(model, layout, rows).run()
 
 
 class _Step:
@@ -169,22 +174,22 @@ class _Step:
         with self.time.working(3 * _FLOAT32 * points):
             self.time.give("activations", kept.loss_bytes(model, self.rows))
         with self.time.working(points * numerics.element + self.tokens_bytes):
-            self.gradients.ready("head.")
+            self.gradients.ready("head")
         self.time.give("activations", kept.head_bytes(model, self.rows, numerics))
-        self._norm_backward("output_norm.")
+        self._norm_backward("output_norm")
         self.time.take("working", self.tokens_bytes)  # the gradient on its way down
         activations, dispatch = self._block_activations()
         for layer in reversed(range(model.num_layers)):
             if self.layout.recomputes:
                 self.time.take("activations", activations)
                 self.time.take("dispatch_buffers", dispatch)
-            self._feed_forward_backward(f"blocks.{layer}.feed_forward.")
-            self._norm_backward(f"blocks.{layer}.feed_forward_norm.")
-            self._attention_backward(f"blocks.{layer}.attention.")
-            self._norm_backward(f"blocks.{layer}.attention_norm.")
+            self._feed_forward_backward(f"blocks.{layer}.feed_forward")
+            self._norm_backward(f"blocks.{layer}.feed_forward_norm")
+            self._attention_backward(f"blocks.{layer}.attention")
+            self._norm_backward(f"blocks.{layer}.attention_norm")
             if self.layout.recomputes:
                 self.time.give("activations", self.tokens_bytes)
-        self.gradients.ready("embed.")
+        self.gradients.ready("embed")
         self.time.give("activations", kept.embedding_bytes(model, self.rows, numerics))
         self.time.give("working", self.tokens_bytes)
 
@@ -197,26 +202,26 @@ class _Step:
     def _attention_backward(self, name: str) -> None:
         # Gradients of query, key and value, their joint one, and that of the tokens.
         with self.time.working(self.tokens_bytes):
-            self.gradients.ready(f"{name}output.")
+            self.gradients.ready(f"{name}.output")
             with self.time.working(6 * self.tokens_bytes):
                 pass
         with self.time.working(4 * self.tokens_bytes):
-            self.gradients.ready(f"{name}query_key_value.")
+            self.gradients.ready(f"{name}.query_key_value")
         self.time.give("activations", kept.attention_bytes(self.model, self.rows, self.numerics))
 
     def _feed_forward_backward(self, name: str) -> None:
         """Backward of shared, then routed experts: what ran last comes first."""
-        part = f"{name}always_on." if self.moe is not None else name
+        part = f"{name}.always_on" if self.moe is not None else name
         inner = self.rows.tokens * self._always_on_width * self.numerics.element
         if inner:
             with self.time.working(inner):
-                self.gradients.ready(f"{part}down.")
+                self.gradients.ready(f"{part}.down")
                 self.time.give("activations", inner)  # the product of gate and up
                 with self.time.working(3 * inner):
                     pass
             self.time.give("activations", 2 * inner)
             with self.time.working(2 * inner + self.tokens_bytes):
-                self.gradients.ready(f"{part}gate_up.")
+                self.gradients.ready(f"{part}.gate_up")
         if self.moe is not None:
             with self.time.working(self.tokens_bytes):
                 self._routed_backward(name)
@@ -240,7 +245,7 @@ class _Step:
         with self.time.working(answers + 2 * self.tokens_bytes):
             pass
         with self.time.working(rows.tokens * model.d_model * _FLOAT32):
-            self.gradients.ready(f"{name}router.")
+            self.gradients.ready(f"{name}.router")
         self.time.give("activations", kept.router_bytes(model, moe, rows, numerics))
 
     def _experts_backward(self, name: str, inputs: int) -> None:
@@ -253,7 +258,7 @@ class _Step:
             with self.time.working(4 * inner):
                 pass
             with self.time.working(2 * inner + inputs):
-                self.gradients.ready(f"{name}experts.")
+                self.gradients.ready(f"{name}.experts")
         else:
             # One expert at a time; gradients of each are stacked when all are there.
             with self.time.working(inputs + weights):
@@ -262,9 +267,9 @@ class _Step:
                 with self.time.working(inputs):
                     pass
                 self.time.give("activations", kept.experts_bytes(moe, rows, numerics))
-                self.gradients.ready(f"{name}experts.down")
+                self.gradients.ready(f"{name}.experts.down_weight")
                 self.time.give("working", weights // 3)
-                self.gradients.ready(f"{name}experts.gate_up")
+                self.gradients.ready(f"{name}.experts.gate_up_weight")
                 self.time.take("working", weights // 3)
                 self.time.take("activations", kept.experts_bytes(moe, rows, numerics))
         self.time.give("activations", kept.experts_bytes(moe, rows, numerics))
@@ -305,20 +310,26 @@ class _Gradients:
     ) -> None:
         self.time, self.layout = time, layout
         self.trained = [p for p in parameters if p.is_trained]
+        self.by_module: dict[str, list[ParameterSize]] = {}
+        for parameter in self.trained:
+            words = parameter.name.split(".")
+            for depth in range(len(words)):
+                module = ".".join(words[: depth + 1])
+                self.by_module.setdefault(module, []).append(parameter)
         self.size = layout.numerics.weight
-        self.bucket = layout.bucket_elements * self.size
+        everything = sum(p.numel for p in parameters)
+        self.bucket = min(layout.bucket_elements, everything) * self.size
         self.has_bucket = False
         self.in_bucket = 0
         self.pass_number = 0
         self.partition = 0
 
-    def ready(self, prefix: str) -> None:
-        """Take the gradients of the parameters whose names begin so."""
-        for parameter in self.trained:
-            if parameter.name.startswith(prefix):
-                self._ready(parameter.numel * self.size)
-                if self.layout.numerics.is_autocast and parameter.is_decayed:
-                    self.time.give("working", 2 * parameter.numel)
+    def ready(self, module: str) -> None:
+        """Take the gradients of a module, or of a parameter."""
+        for parameter in self.by_module.get(module, ()):
+            self._ready(parameter.numel * self.size)
+            if self.layout.numerics.is_autocast and parameter.is_decayed:
+                self.time.give("working", 2 * parameter.numel)
 
     def _ready(self, size: int) -> None:
         if not self.layout.zero_stage:

@@ -1,0 +1,138 @@
+"""Predict how long a step takes, from what it computes, exchanges and moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tsmoe.cost.communication import Exchange, exchanges
+from tsmoe.cost.flops import training_flops
+from tsmoe.cost.layout import Layout
+from tsmoe.cost.machine import Machine
+from tsmoe.cost.memory import owned_elements
+from tsmoe.cost.parameters import parameter_sizes
+
+if TYPE_CHECKING:
+    from tsmoe.models.time_tracker import TimeTrackerConfig
+
+_FLOAT32 = 4
+# Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
+_ADAM_BYTES = 7 * _FLOAT32
+# The backward pass is two of three parts of the compute time; reduction may hide behind it.
+_BACKWARD_SHARE = 2 / 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step by part; they follow one another."""
+
+    compute: float
+    all_to_all: float
+    reduction: float
+    """Of gradients, less what hides behind the backward pass."""
+    gather: float
+    """Of weights: after the update, or for each layer in stage 3."""
+    update: float
+    is_bound_by_launches: bool
+    """Whether kernels take longer to start than to compute."""
+    points_per_second: float
+    """Of all ranks; points of contexts."""
+    mfu: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return self.compute + self.all_to_all + self.reduction + self.gather + self.update
+
+    @property
+    def communication_share(self) -> float:
+        """Part of the step that is spent in exchange."""
+        return (self.all_to_all + self.reduction + self.gather) / self.total
+
+
+def predict_step(
+    model: TimeTrackerConfig,
+    layout: Layout,
+    machine: Machine,
+    *,
+    variates: int = 1,
+    imbalance: float = 1.0,
+) -> StepTime:
+    """Add up a step. Arguments as for `plan_memory`, with the machine it runs on.
+
+    Left out: waiting for data, and ranks that are slower than the others.
+    """
+    if layout.expert_parallel_size == 1:
+        imbalance = 1.0
+    launches = machine.launch.value * model.num_layers * (4 / 3 if layout.recomputes else 1)
+    computed = _computed(model, layout, variates, imbalance) / machine.flops.value
+    compute = layout.accumulation_steps * max(computed, launches)
+    seconds = {"all_to_all": 0.0, "all_reduce": 0.0, "reduce_scatter": 0.0, "all_gather": 0.0}
+    for exchange in exchanges(model, layout, variates=variates, imbalance=imbalance):
+        seconds[exchange.kind] += exchange.calls * exchange_seconds(exchange, machine)
+    reduction = seconds["all_reduce"] + seconds["reduce_scatter"]
+    if layout.overlaps_reduction or not layout.zero_stage:
+        reduction = max(0.0, reduction - _BACKWARD_SHARE * compute / layout.accumulation_steps)
+    parts = {
+        "compute": compute,
+        "all_to_all": seconds["all_to_all"],
+        "reduction": reduction,
+        "gather": seconds["all_gather"],
+        "update": _update_seconds(model, layout, machine),
+    }
+    windows = layout.micro_batch_size * layout.accumulation_steps * layout.world_size
+    flops = training_flops(model, windows=windows, variates=variates, attended_variates=1).total
+    total = sum(parts.values())
+    return StepTime(
+        **parts,
+        is_bound_by_launches=launches > computed,
+        points_per_second=windows * variates * model.context_length / total,
+        mfu=flops / layout.world_size / total / machine.peak_flops.value,
+    )
+
+
+def exchange_seconds(exchange: Exchange, machine: Machine) -> float:
+    """Predict one call of a collective.
+
+    Within a node it goes over the links. Between nodes a ring enters and leaves each node once, by
+    the network ports of all its members there; an all-to-all sends to each rank by its own port.
+    """
+    per_node = machine.ranks_per_node
+    on_node = max(1, min(exchange.ranks, per_node // exchange.stride))
+    link, network = machine.link_bandwidth.value, machine.network_bandwidth.value
+    if on_node >= exchange.ranks:
+        return machine.latency.value + exchange.bytes_out / link
+    if exchange.kind == "all_to_all":
+        away = exchange.bytes_out * (exchange.ranks - on_node) / (exchange.ranks - 1)
+        return machine.latency.value + max(away / network, (exchange.bytes_out - away) / link)
+    return machine.latency.value + exchange.bytes_out / min(link, on_node * network)
+
+
+def _computed(model: TimeTrackerConfig, layout: Layout, variates: int, imbalance: float) -> float:
+    """Operations of a pass on the fullest rank of a group, which keeps the others waiting."""
+    flops = training_flops(
+        model,
+        windows=layout.micro_batch_size,
+        variates=variates,
+        recomputes=layout.recomputes,
+        attended_variates=1,
+    )
+    return flops.total + (imbalance - 1) * flops.routed_experts
+
+
+def _update_seconds(model: TimeTrackerConfig, layout: Layout, machine: Machine) -> float:
+    sizes = parameter_sizes(model, expert_parallel_size=layout.expert_parallel_size)
+    trained = [p for p in sizes if p.is_trained]
+    if not layout.zero_stage:
+        count = sum(p.numel for p in trained)
+        return _ADAM_BYTES * count / machine.memory_bandwidth.value
+    count = sum(owned_elements(trained, layout).values())
+    # The partition is flattened, cast and cast back.
+    weight = layout.numerics.weight
+    moved = (_ADAM_BYTES + 4 * weight + 2 * _FLOAT32) * count
+    if not layout.offloads_optimizer:
+        return moved / machine.memory_bandwidth.value
+    # Gradients go to the host, which updates, and weights come back.
+    return 2 * weight * count / machine.host_bandwidth.value + (
+        _ADAM_BYTES * count / machine.host_bandwidth.value
+    )
