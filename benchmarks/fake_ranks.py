@@ -60,6 +60,8 @@ class Collective:
     send: tuple[int, ...] = ()
     """Rows for each member; empty where all get equally many."""
     receive: tuple[int, ...] = ()
+    row_bytes: int = 0
+    """Of one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +108,21 @@ def fake_run(config: RunConfig, ranks: Sequence[int], world_size: int) -> list[F
     The processes are forked, so the caller must never have run a backward pass: autograd's threads
     are not copied.
     """
-    # Imported once here, not in each process; the second one takes half of torch's compiler along.
+    import_heavy()
+    tasks = [(config, rank, world_size) for rank in ranks]
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        return pool.starmap(fake_rank, tasks, chunksize=1)
+
+
+def import_heavy() -> None:
+    """Import what an engine needs, once for all processes that are forked from here."""
     for name in (
         "deepspeed.moe.layer",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # and half of torch's compiler with it
         "deepspeed.runtime.zero.stage_1_and_2",
         "torch._dynamo",
     ):
         importlib.import_module(name)
-    tasks = [(config, rank, world_size) for rank in ranks]
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        return pool.starmap(fake_rank, tasks, chunksize=1)
 
 
 def fake_rank(config: RunConfig, rank: int, world_size: int) -> FakeRank:
@@ -222,6 +228,7 @@ class CollectiveTrace(TorchDispatchMode):
                 num_bytes=max(t.numel() * t.element_size() for t in tensors),
                 send=send,
                 receive=receive,
+                row_bytes=given.shape[1:].numel() * given.element_size() if send else 0,
             )
         )
         return result
