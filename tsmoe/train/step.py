@@ -18,6 +18,7 @@ from tsmoe.engine.protocol import Engine
 from tsmoe.errors import TrainingError
 from tsmoe.losses import ErrorUnit, LossTerms, next_patch_loss, target_patches
 from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.nn.spans import NO_SERIES
 from tsmoe.ranks import Ranks
 from tsmoe.train.telemetry import StepCost, StepTelemetry
@@ -51,6 +52,7 @@ class StepReport:
     """What the step before cost; None if that is not known or not measured."""
 
 
+@exact_onednn_matmul()
 def training_step(
     engine: Engine,
     micro_batches: Sequence[WindowBatch],
@@ -178,7 +180,9 @@ def _forward_and_backward(
         error_sum += term.error_B.detach().sum(dtype=torch.float64)
         for layer, routing in enumerate(output.routings):
             load_ME[layer] += routing.load_E
-            margin_M[layer] += getattr(routing, "margin", float("nan")) * routing.load_E.sum()
+            decisions = routing.load_E.sum()
+            # Without decisions there is no margin, which must not spoil that of other ranks.
+            margin_M[layer] += torch.where(decisions > 0, routing.margin * decisions, 0)
         terms.append(replace(term, error_B=term.error_B.detach()))
     return _PassSums(error=error_sum, load_ME=load_ME, margin_M=margin_M, terms=terms)
 
@@ -206,6 +210,7 @@ def _counts(
     return counts
 
 
+@exact_onednn_matmul()
 @torch.no_grad()
 def validation_loss(
     engine: Engine, batches: Sequence[WindowBatch], *, error_unit: ErrorUnit, target_clip: float
