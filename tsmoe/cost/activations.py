@@ -30,8 +30,6 @@ class Numerics:
     """Bytes of an activation."""
     is_autocast: bool = False
     """Weights are float32 and cast before each use: the plain engine's bf16."""
-    has_fused_norms: bool = False
-    """CUDA's RMS norm needs one tensor of tokens while it goes backward; ours three in float32."""
 
     @property
     def weight(self) -> int:
@@ -50,6 +48,10 @@ class Rows:
     """Tokens of a series."""
     top_k: int = 0
     """Experts per token; 0 in a dense model."""
+    is_remote: bool = False
+    """Whether experts are spread over ranks, so that rows travel."""
+    is_grouped: bool = False
+    """Whether all experts are one grouped product, which takes its rows in order of expert."""
     imbalance: float = 1.0
     """Rows that the fullest rank of an expert-parallel group receives, over the mean."""
 
@@ -70,7 +72,7 @@ class Rows:
 
 
 def norm_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
-    """RMS norm: its input, one number of each token, and its output."""
+    """RMS norm: its input, its output, and one factor a token."""
     return rows.tokens * (2 * model.d_model * numerics.element + _FLOAT32)
 
 
@@ -89,7 +91,8 @@ def router_bytes(
     if numerics.element != _FLOAT32:
         per_token += model.d_model * _FLOAT32
     units = rows.series if router.mode == "sequence" else rows.tokens
-    per_unit = router.top_k * (_INT64 + _FLOAT32)
+    # Of those that were chosen and the next best, ids; of the chosen ones weights.
+    per_unit = min(router.top_k + 1, config.num_experts) * _INT64 + router.top_k * _FLOAT32
     if router.top_k > 1:
         per_unit += _FLOAT32 + router.top_k * _FLOAT32
     if router.mode != "token":
@@ -100,15 +103,25 @@ def router_bytes(
 def dispatch_bytes(
     model: TimeTrackerConfig, config: MoEConfig, rows: Rows, numerics: Numerics
 ) -> int:
-    """Dispatch: rows that went to experts, the answers to them, and where each belongs."""
+    """Dispatch: rows that came from other ranks or were put in order, weights, and the order."""
     units = rows.series if config.router.mode == "sequence" else rows.tokens
-    rows_kept = (rows.received + rows.sent) * model.d_model * numerics.element
-    return rows_kept + 2 * units * config.router.top_k * _INT64
+    choices = units * config.router.top_k
+    arrived = round(choices * rows.imbalance) if rows.is_remote else 0
+    size = (
+        choices * _INT64 * (1 if config.router.top_k == 1 else 2)
+    )  # the order, by choice and unit
+    if rows.is_remote or rows.is_grouped:
+        size += choices * _INT64  # the way back
+        size += rows.received * model.d_model * numerics.element
+    size += arrived * (_INT64 + _FLOAT32)
+    if rows.is_grouped:
+        size += rows.received * _FLOAT32 + arrived * _INT64
+    return size
 
 
 def experts_bytes(config: MoEConfig, rows: Rows, numerics: Numerics) -> int:
-    """Routed experts: gate and up, and their product."""
-    return rows.received * 3 * config.d_ff_expert * numerics.element
+    """Routed experts: gate and up alone."""
+    return rows.received * 2 * config.d_ff_expert * numerics.element
 
 
 def feed_forward_bytes(d_ff: int, rows: Rows, numerics: Numerics) -> int:

@@ -48,7 +48,6 @@ class Layout:
         return Numerics(
             element=2 if is_bf16 else 4,
             is_autocast=is_bf16 and self.zero_stage == 0,
-            has_fused_norms=self.is_on_gpu,
         )
 
     @property

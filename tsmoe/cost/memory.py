@@ -7,7 +7,7 @@ libraries' own workspaces are not among them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tsmoe.cost import activations as kept
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from tsmoe.models.time_tracker import TimeTrackerConfig
 
 _FLOAT32 = 4
-# Below this many rows for an expert a processor uses one grouped product (moe/experts.py).
+# Of moe/experts.py and moe/piecewise_pass.py.
 _FEW_ROWS = 64
+_PIECE_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +61,25 @@ def rows_of(model: TimeTrackerConfig, layout: Layout, *, variates: int, imbalanc
     from tsmoe.moe.layer import MoEConfig
     from tsmoe.nn.patch import num_patches
 
-    feed_forward = model.feed_forward
-    return Rows(
+    moe = model.feed_forward if isinstance(model.feed_forward, MoEConfig) else None
+    rows = Rows(
         windows=layout.micro_batch_size,
         series=layout.micro_batch_size * variates,
         patches=num_patches(
             model.context_length, patch_length=model.patch_length, patch_stride=model.patch_stride
         ),
-        top_k=feed_forward.router.top_k if isinstance(feed_forward, MoEConfig) else 0,
+        top_k=0 if moe is None else moe.router.top_k,
+        is_remote=moe is not None and layout.expert_parallel_size > 1,
         imbalance=imbalance if layout.expert_parallel_size > 1 else 1.0,
     )
+    if moe is None:
+        return rows
+    is_grouped = moe.compute == "grouped"
+    if moe.compute == "auto":
+        # As `Experts` chooses: on a GPU grouped products are promised for bf16 only.
+        few = _FEW_ROWS * moe.num_experts // layout.expert_parallel_size
+        is_grouped = layout.precision == "bf16" if layout.is_on_gpu else rows.received < few
+    return replace(rows, is_grouped=is_grouped)
 
 
 class _Step:
@@ -194,8 +204,10 @@ class _Step:
         self.time.give("working", self.tokens_bytes)
 
     def _norm_backward(self, name: str) -> None:
+        # The product of tokens and gradient in float32, both cast to that first, and the result.
+        casts = 2 if self.numerics.element != _FLOAT32 else 0
         wide = self.rows.tokens * self.model.d_model * _FLOAT32
-        with self.time.working((1 if self.numerics.has_fused_norms else 3) * wide):
+        with self.time.working((1 + casts) * wide + (self.tokens_bytes if casts else 0)):
             self.gradients.ready(name)
         self.time.give("activations", kept.norm_bytes(self.model, self.rows, self.numerics))
 
@@ -210,77 +222,78 @@ class _Step:
         self.time.give("activations", kept.attention_bytes(self.model, self.rows, self.numerics))
 
     def _feed_forward_backward(self, name: str) -> None:
-        """Backward of shared, then routed experts: what ran last comes first."""
-        part = f"{name}.always_on" if self.moe is not None else name
-        inner = self.rows.tokens * self._always_on_width * self.numerics.element
-        if inner:
-            with self.time.working(inner):
-                self.gradients.ready(f"{part}.down")
-                self.time.give("activations", inner)  # the product of gate and up
-                with self.time.working(3 * inner):
-                    pass
-            self.time.give("activations", 2 * inner)
-            with self.time.working(2 * inner + self.tokens_bytes):
-                self.gradients.ready(f"{part}.gate_up")
-        if self.moe is not None:
+        """Backward of what ran last first: experts of other ranks answer after the shared ones."""
+        if self.moe is None:
+            self._always_on_backward(name)
+        elif self.rows.is_remote:
             with self.time.working(self.tokens_bytes):
                 self._routed_backward(name)
+                self._always_on_backward(f"{name}.always_on")
+        else:
+            self._always_on_backward(f"{name}.always_on")
+            with self.time.working(self.tokens_bytes):
+                self._routed_backward(name)
+        if self.moe is not None:
+            with self.time.working(self.rows.tokens * self.model.d_model * _FLOAT32):
+                self.gradients.ready(f"{name}.router")
+            size = kept.router_bytes(self.model, self.moe, self.rows, self.numerics)
+            self.time.give("activations", size)
+
+    def _always_on_backward(self, name: str) -> None:
+        inner = self.rows.tokens * self._always_on_width * self.numerics.element
+        if not inner:
+            return
+        with self.time.working(inner):
+            self.gradients.ready(f"{name}.down")
+            self.time.give("activations", inner)  # the product of gate and up
+            with self.time.working(3 * inner):
+                pass
+        self.time.give("activations", 2 * inner)
+        with self.time.working(2 * inner + self.tokens_bytes):
+            self.gradients.ready(f"{name}.gate_up")
 
     def _routed_backward(self, name: str) -> None:
         assert self.moe is not None
         model, moe, rows, numerics = self.model, self.moe, self.rows, self.numerics
-        answers = rows.sent * model.d_model * numerics.element
-        inputs = rows.received * model.d_model * numerics.element
-        dispatch = kept.dispatch_bytes(model, moe, rows, numerics)
-        with self.time.working(2 * answers):
-            pass
-        self.time.give("dispatch_buffers", answers)
-        is_remote = self.layout.expert_parallel_size > 1
-        # Gradients of the answers, where they are given, and again in the order of experts.
-        with self.time.working(answers + (inputs if is_remote else 0)):
-            with self.time.working(inputs if is_remote else 0):
+        sent = rows.sent * model.d_model * numerics.element
+        received = rows.received * model.d_model * numerics.element
+        copies = received if rows.is_grouped else 0
+        if not rows.is_remote:
+            with self.time.working(copies):  # the gradient of each answer
+                self._experts_backward(name)
+            with self.time.working(copies + self.tokens_bytes):
                 pass
-            self._experts_backward(name, inputs)
-        self.time.give("dispatch_buffers", dispatch - answers)
-        with self.time.working(answers + 2 * self.tokens_bytes):
-            pass
-        with self.time.working(rows.tokens * model.d_model * _FLOAT32):
-            self.gradients.ready(f"{name}.router")
-        self.time.give("activations", kept.router_bytes(model, moe, rows, numerics))
+        else:
+            with self.time.working(sent + received):
+                pass
+            with self.time.working(received + copies):
+                self._experts_backward(name)
+            # Gradients of what came go back; they are summed to those of the tokens.
+            with self.time.working(sent + received):
+                pass
+            with self.time.working(sent + self.tokens_bytes):
+                pass
+        self.time.give("dispatch_buffers", kept.dispatch_bytes(model, moe, rows, numerics))
 
-    def _experts_backward(self, name: str, inputs: int) -> None:
+    def _experts_backward(self, name: str) -> None:
         assert self.moe is not None
-        moe, rows, numerics = self.moe, self.rows, self.numerics
-        local = moe.num_experts // self.layout.expert_parallel_size
-        inner = rows.received * moe.d_ff_expert * numerics.element
-        weights = 3 * local * self.model.d_model * moe.d_ff_expert * numerics.element
-        if self._uses_grouped_product(local):
-            with self.time.working(4 * inner):
+        model, moe, rows, numerics = self.model, self.moe, self.rows, self.numerics
+        received = rows.received * model.d_model * numerics.element
+        if rows.is_grouped:
+            # Gradient of the product, its activation and its square, gate and up, and the rows'.
+            inner = rows.received * moe.d_ff_expert * numerics.element
+            with self.time.working(5 * inner):
                 pass
-            with self.time.working(2 * inner + inputs):
+            with self.time.working(4 * inner + received):
                 self.gradients.ready(f"{name}.experts")
         else:
-            # One expert at a time; gradients of each are stacked when all are there.
-            with self.time.working(inputs + weights):
-                with self.time.working(4 * inner // local):
-                    pass
-                with self.time.working(inputs):
-                    pass
-                self.time.give("activations", kept.experts_bytes(moe, rows, numerics))
-                self.gradients.ready(f"{name}.experts.down_weight")
-                self.time.give("working", weights // 3)
-                self.gradients.ready(f"{name}.experts.gate_up_weight")
-                self.time.take("working", weights // 3)
-                self.time.take("activations", kept.experts_bytes(moe, rows, numerics))
+            # Scratch for one piece of the rows at a time.
+            scratch = min(_PIECE_ROWS, rows.received)
+            width = 2 * model.d_model + 4 * moe.d_ff_expert
+            units = received if rows.is_remote else self.tokens_bytes
+            with self.time.working(units + scratch * width * numerics.element):
+                self.gradients.ready(f"{name}.experts")
         self.time.give("activations", kept.experts_bytes(moe, rows, numerics))
-
-    def _uses_grouped_product(self, local: int) -> bool:
-        assert self.moe is not None
-        if self.moe.compute != "auto":
-            return self.moe.compute == "grouped"
-        if self.layout.is_on_gpu:
-            return self.layout.precision == "bf16"
-        return self.rows.received < _FEW_ROWS * local
 
 
 def owned_elements(trained: list[ParameterSize], layout: Layout) -> dict[tuple[bool, bool], int]:
