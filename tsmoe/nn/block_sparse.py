@@ -12,15 +12,21 @@ queries and S keys in it.
 
 from __future__ import annotations
 
+from itertools import chain, islice
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from tsmoe.nn.score_tiles import CausalTiles, NeighbourTiles, Tiles
 
 # A pair of tokens costs more where keys are gathered and products are small than in large blocks
 # (measured: benchmarks/attention.py).
 GATHERED_PAIR_COST = 3.0
+
+# Some windows of a batch, and how they are attended over.
+_Way = tuple[Tensor | slice, Tiles]
 
 
 def attend_in_tiles(
@@ -65,51 +71,60 @@ def is_gathered(adjacency_BCC: Tensor, patches: int) -> Tensor:
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,  # torch types no attributes of it
         query_BCNHd: Tensor,
         key_BCNHd: Tensor,
         value_BCNHd: Tensor,
         own_bias_H: Tensor,
         adjacency_BCC: Tensor,
     ) -> Tensor:
-        output_BCNHd = torch.empty_like(query_BCNHd, memory_format=torch.contiguous_format)
-        weights: list[Tensor] = []
-        is_learning = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
-        for windows, tiles in _ways(adjacency_BCC, query_BCNHd.shape[2]):
+        ways = _ways(adjacency_BCC, query_BCNHd.shape[2])
+        is_learning = any(ctx.needs_input_grad)
+        attended, saved = [], []
+        for windows, tiles in ways:
+            # Kept as laid out: what they are views of can be freed, and is twice as large.
             query, key, value = (
                 tiles.lay_out(part[windows]) for part in (query_BCNHd, key_BCNHd, value_BCNHd)
             )
+            weights: list[Tensor] = []
             kept = weights if is_learning and _is_kept(tiles, query) else None
-            attended = tiles.attend(query, key, value, own_bias_H, kept=kept)
-            output_BCNHd[windows] = tiles.lay_back(attended)
-        inputs = (query_BCNHd, key_BCNHd, value_BCNHd)
-        ctx.save_for_backward(*inputs, own_bias_H, adjacency_BCC, output_BCNHd, *weights)
+            attended.append(tiles.lay_back(tiles.attend(query, key, value, own_bias_H, kept=kept)))
+            saved.append((query, key, value, *weights))
+        output_BCNHd = _join(ways, attended).contiguous()
+        ctx.ways, ctx.counts = ways, [len(tensors) for tensors in saved]
+        ctx.save_for_backward(output_BCNHd, own_bias_H, *chain.from_iterable(saved))
         return output_BCNHd
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad_BCNHd: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        inputs, (own_bias_H, adjacency_BCC, output_BCNHd) = saved[:3], saved[3:6]
-        weights = iter(saved[6:])
-        grads = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in inputs]
-        grad_own_bias_H = torch.zeros_like(own_bias_H, dtype=torch.float64)
+    def backward(ctx: Any, grad_BCNHd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        output_BCNHd, own_bias_H, *rest = ctx.saved_tensors
+        saved = iter(rest)
         wide = torch.promote_types(grad_BCNHd.dtype, torch.float32)
         shift_BCNH1 = (grad_BCNHd.to(wide) * output_BCNHd).sum(-1, keepdim=True)
-        for windows, tiles in _ways(adjacency_BCC, grad_BCNHd.shape[2]):
-            query, key, value, grad, shift = (
-                tiles.lay_out(part[windows]) for part in (*inputs, grad_BCNHd, shift_BCNH1)
+        grads: list[list[Tensor]] = [[], [], []]
+        grad_own_H = torch.zeros_like(own_bias_H, dtype=torch.float64)
+        for (windows, tiles), count in zip(ctx.ways, ctx.counts, strict=True):
+            query, key, value, *weights = islice(saved, count)
+            grad, shift = (tiles.lay_out(part[windows]) for part in (grad_BCNHd, shift_BCNH1))
+            *found, found_own_H = tiles.backward(
+                query, key, value, own_bias_H, grad, shift, kept=iter(weights) if weights else None
             )
-            kept = weights if _is_kept(tiles, query) else None
-            *found, grad_own_H = tiles.backward(
-                query, key, value, own_bias_H, grad, shift, kept=kept
-            )
-            for whole, part in zip(grads, found, strict=True):
-                whole[windows] = tiles.lay_back(part)
-            grad_own_bias_H += grad_own_H
-        return grads[0], grads[1], grads[2], grad_own_bias_H.to(own_bias_H.dtype), None
+            for parts, part in zip(grads, found, strict=True):
+                parts.append(tiles.lay_back(part))
+            grad_own_H += found_own_H
+        query, key, value = (_join(ctx.ways, parts) for parts in grads)
+        return query, key, value, grad_own_H.to(own_bias_H.dtype), None
+
+
+def _join(ways: list[_Way], parts: list[Tensor]) -> Tensor:
+    """Put together what came of each way."""
+    if len(ways) == 1:
+        return parts[0]
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for (windows, _), part in zip(ways, parts, strict=True):
+        whole[windows] = part
+    return whole
 
 
 def _is_kept(tiles: Tiles, query: Tensor) -> bool:
@@ -118,10 +133,10 @@ def _is_kept(tiles: Tiles, query: Tensor) -> bool:
     return tiles.scores_per_query * weight_bytes <= 4 * query.shape[-1] * query.itemsize
 
 
-def _ways(adjacency_BCC: Tensor, patches: int) -> list[tuple[Tensor | slice, Tiles]]:
+def _ways(adjacency_BCC: Tensor, patches: int) -> list[_Way]:
     """Return each way that any window goes, and which windows go it."""
     is_gathered_B = is_gathered(adjacency_BCC, patches)
-    ways: list[tuple[Tensor | slice, Tiles]] = []
+    ways: list[_Way] = []
     for is_way_B, kind in ((is_gathered_B, NeighbourTiles), (~is_gathered_B, CausalTiles)):
         if bool(is_way_B.all()):
             ways.append((slice(None), kind(adjacency_BCC, patches)))  # no copies for an index

@@ -117,8 +117,7 @@ class CausalTiles:
             weights_ZRS = self._weights(tile, query, key, own_bias_H)
             if kept is not None:
                 kept.append(weights_ZRS)
-            found_ZRd = weights_ZRS.to(value.dtype) @ tile.keys(value)
-            tile.queries(attended_ZNCd).copy_(found_ZRd.view_as(tile.queries(attended_ZNCd)))
+            _product_into(tile.queries(attended_ZNCd), weights_ZRS, tile.keys(value))
         return attended_ZNCd
 
     def backward(
@@ -135,7 +134,7 @@ class CausalTiles:
         """Return gradients of query, key and value, as laid out, and of own_bias_H."""
         grad_query = torch.empty_like(query)
         wide = torch.promote_types(key.dtype, torch.float32)
-        grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(key, dtype=wide)
+        grad_key, grad_value = (torch.empty_like(key, dtype=wide) for _ in range(2))
         heads = len(own_bias_H)
         grad_own_H = torch.zeros(heads, dtype=torch.float64, device=self.device)
         for tile in self._tiles(len(query)):
@@ -143,18 +142,22 @@ class CausalTiles:
             query_ZRd, grad_ZRd, shift_ZR1 = (
                 tile.queries(part).flatten(1, 2) for part in (query, grad, shift)
             )
-            _accumulate(tile.keys(grad_value), weights_ZRS.to(value.dtype).mT, grad_ZRd)
+            beta = 0 if tile.is_first else 1
+            _accumulate(tile.keys(grad_value), weights_ZRS.mT, grad_ZRd, beta=beta)
             slope_ZRS = _score_slope(weights_ZRS, grad_ZRd, shift_ZR1, tile.keys(value))
             own_Z = self._own(tile, slope_ZRS).sum((1, 2, 3), dtype=torch.float64)
             grad_own_H.index_add_(0, tile.batch_numbers(self.device) % heads, own_Z)
             slope_ZRS = slope_ZRS.to(key.dtype)
             target = tile.queries(grad_query)
-            target.copy_(_product(slope_ZRS, tile.keys(key), factor=_scale(key)).view_as(target))
-            _accumulate(tile.keys(grad_key), slope_ZRS.mT, query_ZRd, factor=_scale(query))
+            _product_into(target, slope_ZRS, tile.keys(key), factor=_scale(key))
+            _accumulate(
+                tile.keys(grad_key), slope_ZRS.mT, query_ZRd, factor=_scale(query), beta=beta
+            )
         return grad_query, grad_key.to(key.dtype), grad_value.to(key.dtype), grad_own_H
 
     def _tiles(self, batches: int) -> Iterator[_Block]:
-        for start in range(0, self.patches, self.steps):
+        # Latest first: the first tile of a batch has all its keys.
+        for start in reversed(range(0, self.patches, self.steps)):
             end = min(start + self.steps, self.patches)
             scores_per_row = (end - start) * end * self.variates
             rows = min(max(SCORES_AT_MOST // scores_per_row, 1), self.variates)
@@ -167,6 +170,7 @@ class CausalTiles:
                         batches=slice(z, min(z + at_once, batches)),
                         steps=slice(start, end),
                         rows=slice(row, min(row + rows, self.variates)),
+                        is_first=end == self.patches and row == 0,
                     )
 
     def _weights(self, tile: _Block, query: Tensor, key: Tensor, own_bias_H: Tensor) -> Tensor:
@@ -201,6 +205,7 @@ class _Block:
     batches: slice
     steps: slice
     rows: slice
+    is_first: bool
 
     def queries(self, heads_ZNCd: Tensor) -> Tensor:
         return heads_ZNCd[self.batches, self.steps, self.rows]
@@ -363,10 +368,25 @@ def _score_slope(
     return slope_ZRS.sub_(shift_ZR1).mul_(weights_ZRS)
 
 
-def _accumulate(
-    sum_ZSd: Tensor, left_ZSR: Tensor, right_ZRd: Tensor, *, factor: float = 1.0
+def _product_into(
+    target_ZNCd: Tensor, weights_ZRS: Tensor, right_ZSd: Tensor, *, factor: float = 1.0
 ) -> None:
-    if sum_ZSd.dtype == left_ZSR.dtype:
-        sum_ZSd.baddbmm_(left_ZSR, right_ZRd, alpha=factor)
+    weights_ZRS = weights_ZRS.to(right_ZSd.dtype)
+    _, steps, rows, _ = target_ZNCd.shape
+    if steps == 1 or target_ZNCd.stride(1) == rows * target_ZNCd.stride(2):  # flat without a copy
+        target_ZNCd.flatten(1, 2).baddbmm_(weights_ZRS, right_ZSd, beta=0, alpha=factor)
     else:
+        target_ZNCd.copy_(_product(weights_ZRS, right_ZSd, factor=factor).view_as(target_ZNCd))
+
+
+def _accumulate(
+    sum_ZSd: Tensor, left_ZSR: Tensor, right_ZRd: Tensor, *, beta: int, factor: float = 1.0
+) -> None:
+    """Multiply sums by 0 or 1 and add a product."""
+    left_ZSR = left_ZSR.to(right_ZRd.dtype)
+    if sum_ZSd.dtype == left_ZSR.dtype:
+        sum_ZSd.baddbmm_(left_ZSR, right_ZRd, beta=beta, alpha=factor)
+    elif beta:
         sum_ZSd.add_(left_ZSR @ right_ZRd, alpha=factor)
+    else:
+        sum_ZSd.copy_(_product(left_ZSR, right_ZRd, factor=factor))
