@@ -178,6 +178,7 @@ def compare_rotations(windows: int, tokens: int, d_model: int, heads: int) -> di
         return *turned, value
 
     def fused(cos_Sd: Tensor, sin_Sd: Tensor) -> tuple[Tensor, ...]:
+        # Turned anew in place each time: lengths stay.
         return tuple(part.transpose(1, 2) for part in split_rotated(projected, cos_Sd, sin_Sd))
 
     def training_pass(rotate: Callable[..., tuple[Tensor, ...]]) -> Callable[[], object]:

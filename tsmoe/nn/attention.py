@@ -7,9 +7,9 @@ the head width, 1 kept for broadcasting.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tsmoe.nn.causal_attention import attend_to_past
 from tsmoe.nn.graph_attention import attend_over_graph
 from tsmoe.nn.rotary import rotary_tables, split_rotated
 from tsmoe.nn.spans import SeriesSpans
@@ -64,9 +64,7 @@ class AnyVariateAttention(nn.Module):
         if adjacency_BCC is None:
             query, key, value = (part_XNHd.transpose(1, 2) for part_XNHd in heads)
             is_past_X1NN = None if spans is None else spans.is_past().flatten(0, 1).unsqueeze(1)
-            attended_XHNd = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=is_past_X1NN, is_causal=is_past_X1NN is None
-            )
+            attended_XHNd = attend_to_past(query, key, value, is_past_X1NN)
             attended_XNHd = attended_XHNd.transpose(1, 2)
         else:
             query, key, value = (part.unflatten(0, (windows, variates)) for part in heads)

@@ -7,8 +7,8 @@ from tsmoe.nn.rotary import rotary_tables, split_rotated
 def turn(heads_SHd: Tensor, indices_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take the same heads for query, key and value, each token placed at its index."""
     tables = rotary_tables(indices_S, heads_SHd.shape[-1], base=10000.0)
-    projected_1S3Hd = heads_SHd[None, :, None].expand(1, -1, 3, -1, -1)
-    query, key, value = split_rotated(projected_1S3Hd.contiguous(), *tables)
+    projected_1S3Hd = heads_SHd[None, :, None].repeat(1, 1, 3, 1, 1)
+    query, key, value = split_rotated(projected_1S3Hd, *tables)
     return query[0], key[0], value[0]
 
 
@@ -50,7 +50,7 @@ def test_rotation_and_its_gradient_are_those_of_complex_numbers() -> None:
     projected = torch.randn(2, 5, 3, 2, 8, dtype=torch.float64, requires_grad=True)
     tables = [table.double() for table in rotary_tables(torch.arange(5), 8, base=100.0)]
     slopes = torch.randn(3, 2, 5, 2, 8, dtype=torch.float64).unbind(0)
-    found = split_rotated(projected, *tables)
+    found = split_rotated(projected.clone(), *tables)
     expected = plainly_rotated(projected, *tables)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
