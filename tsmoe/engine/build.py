@@ -11,6 +11,7 @@ from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.engine.plain_engine import PlainEngine, PlainEngineConfig, Precision
 from tsmoe.engine.protocol import Engine
 from tsmoe.models import ModelConfig, build_model
+from tsmoe.models.compiled import compile_blocks
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.ranks import Ranks
 
@@ -24,6 +25,8 @@ class TrainingSettings(Protocol):
     def precision(self) -> Precision: ...
     @property
     def recomputes_activations(self) -> bool: ...
+    @property
+    def compiles_blocks(self) -> bool: ...
     @property
     def timeout_seconds(self) -> float: ...
 
@@ -68,10 +71,16 @@ def build_engine(
         seed=config.seed,
         recomputes_activations=training.recomputes_activations,
     )
+
+    def finish(model: TimeTracker) -> None:
+        prepare(model)
+        if training.compiles_blocks:
+            compile_blocks(model, device=ranks.device)
+
     match config.engine:
         case PlainEngineConfig():
             model = make_model()
-            prepare(model)
+            finish(model)
             return PlainEngine(model, config.optimizer, precision=training.precision, ranks=ranks)
         case DeepSpeedEngineConfig():
             from tsmoe.engine.deepspeed_engine import (
@@ -84,7 +93,7 @@ def build_engine(
             initialise_deepspeed(ranks, timeout_seconds=training.timeout_seconds)
             factory = expert_factory(size, ranks, zero_stage=config.engine.zero_stage)
             model = make_model(make_experts=factory)
-            prepare(model)
+            finish(model)
             return DeepSpeedEngine(
                 model,
                 config.engine,

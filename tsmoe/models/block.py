@@ -81,9 +81,7 @@ class Block(nn.Module):
         `spans` keep the series of a packed window apart; a `record` is for passes that will be
         computed again, see `RoutingRecord`.
         """
-        attended_BCND = self.attention(self.attention_norm(tokens_BCND), adjacency_BCC, spans)
-        tokens_BCND = tokens_BCND + self.dropout(attended_BCND)
-        normed_BCND = self.feed_forward_norm(tokens_BCND)
+        tokens_BCND, normed_BCND = self.attend(tokens_BCND, adjacency_BCC, spans)
         routing = None
         if isinstance(self.feed_forward, MoELayer):
             hidden_BCND, routing, state = self.feed_forward(
@@ -92,3 +90,11 @@ class Block(nn.Module):
         else:
             hidden_BCND = self.feed_forward(normed_BCND)
         return tokens_BCND + self.dropout(hidden_BCND), routing, state
+
+    def attend(
+        self, tokens_BCND: Tensor, adjacency_BCC: Tensor | None, spans: SeriesSpans | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream after attention, and its norm for the feed-forward part."""
+        attended_BCND = self.attention(self.attention_norm(tokens_BCND), adjacency_BCC, spans)
+        tokens_BCND = tokens_BCND + self.dropout(attended_BCND)
+        return tokens_BCND, self.feed_forward_norm(tokens_BCND)

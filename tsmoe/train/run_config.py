@@ -40,6 +40,9 @@ class TrainingConfig(Section):
     precision: Precision = "fp32"
     recomputes_activations: bool = False
     """Save memory by computing each block's activations again in the backward pass."""
+    compiles_blocks: bool = False
+    """Compile attention, norms and shared networks when training begins, by torch.compile. It takes
+    a C++ compiler on CPU and pays in long runs (measured: benchmarks/compile.py)."""
     error_unit: ErrorUnit = "window"
     """Errors are measured in the scale that the predicting `token` knows, or the `window`'s."""
     target_clip: float = 10.0
