@@ -24,9 +24,9 @@ from tsmoe.moe.assignment import Assignment
 
 # Rows of a piece at most. Larger ones gain nothing in matmul and fall out of the cache.
 _PIECE_ROWS = 2048
-# oneDNN's bf16 matmul compiles a kernel for each new shape: 0.4-0.9 ms, as long as the product of
-# 800 x 256 x 1024 itself takes. Counts differ from step to step, multiples of 32 soon repeat.
-_BF16_MULTIPLE = 32
+# oneDNN compiles a kernel for each new shape: 0.4-0.9 ms, as long as the product of 800 x 256 x 1024
+# itself takes in bf16. Counts differ from step to step, multiples of 32 soon repeat.
+_SHAPE_MULTIPLE = 32
 
 
 def run_piecewise(
@@ -91,7 +91,7 @@ class _Sizes:
     def __init__(self, units_UND: Tensor, down_EFD: Tensor, assignment: Assignment) -> None:
         self.tokens_per_unit = units_UND.shape[1]
         _, self.d_ff, self.d_model = down_EFD.shape
-        self._multiple = _BF16_MULTIPLE if units_UND.dtype == torch.bfloat16 else 1
+        self._multiple = _SHAPE_MULTIPLE if pays_for_new_shapes(units_UND.dtype) else 1
         self._pieces = list(self._cut(assignment.counts))
         self.most = max((piece.padded for piece in self._pieces), default=0)
 
@@ -114,6 +114,13 @@ class _Sizes:
                 rows = choices * self.tokens_per_unit
                 padded = -(-rows // self._multiple) * self._multiple
                 yield _Piece(expert, choices, rows, padded, index == 0)
+
+
+def pays_for_new_shapes(dtype: torch.dtype) -> bool:
+    """Say whether oneDNN multiplies: float32 is MKL's unless the precision setting says else."""
+    if dtype == torch.float32:
+        return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    return dtype == torch.bfloat16
 
 
 class _Experts(Function):
