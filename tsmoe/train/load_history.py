@@ -5,7 +5,7 @@ Shapes: E routed experts, M expert layers; S steps that are kept for the picture
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,16 @@ _CELL = 8
 class LoadHistory:
     """Remembers loads, step after step; those of an earlier start come from its metrics."""
 
-    def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self) -> None:
         self._last_chosen_ME: np.ndarray | None = None
         self._first_step = self._newest_step = 0
         self._kept: list[tuple[int, np.ndarray]] = []
         self._every = 1
-        for line in lines:
-            if "experts" in line:
-                self.add(line["step"], np.array(line["experts"]["load"]))
+
+    def add_line(self, line: Mapping[str, Any]) -> None:
+        """Remember the loads of a line of metrics, if it has any."""
+        if "experts" in line:
+            self.add(line["step"], np.array(line["experts"]["load"]))
 
     def add(self, step: int, load_ME: np.ndarray) -> None:
         """Remember the loads of a step, which is later than all before."""

@@ -69,7 +69,8 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run / "metrics.jsonl"
-        self._history = LoadHistory(_keep_before(path, first_step))
+        self._history = LoadHistory()
+        _keep_before(path, first_step, self._history)
         # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
         self._lines: FileIO = path.open("ab", buffering=0)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
@@ -226,18 +227,17 @@ def load_biases(routers: list[AnyRouter]) -> Tensor:
     return torch.stack([router.balance.bias_E.detach().cpu() for router in routers])
 
 
-def _keep_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut the file back to the lines before a step, and return them."""
+def _keep_before(path: Path, step: int, history: LoadHistory) -> None:
+    """Cut the file back to the lines before a step, and fill the history from them."""
     if not path.exists():
-        return []
-    kept, values = [], []
+        return
+    kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            value = json.loads(line)
-            if value["step"] < step:
-                kept.append(line)
-                values.append(value)
+            values = json.loads(line)
         except ValueError:
             continue  # a line cut short by a kill
+        if values["step"] < step:
+            kept.append(line)
+            history.add_line(values)  # one by one: all lines at once, decoded, are large
     write_text(path, "".join(f"{line}\n" for line in kept))
-    return values

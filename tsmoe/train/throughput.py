@@ -13,6 +13,7 @@ import torch
 
 from tsmoe.cost import measure_gemm_rate, peak_flops, training_flops
 from tsmoe.models.time_tracker import TimeTrackerConfig
+from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.nn.patch import num_patches
 from tsmoe.ranks import Ranks
 from tsmoe.train.step import StepReport
@@ -40,7 +41,8 @@ def find_peak(ranks: Ranks, precision: str) -> Peak:
         source = f"data sheet of {name}, {precision}"
     else:
         threads = torch.get_num_threads()
-        rate = measure_gemm_rate(precision, threads, rounds=3)
+        with exact_onednn_matmul():  # as the step itself multiplies
+            rate = measure_gemm_rate(precision, threads, rounds=3)
         source = f"{precision} matrix product of size 1024 on {threads} thread(s), measured"
     return Peak(flops_per_second=rate and rate * ranks.size, source=source)
 

@@ -46,7 +46,9 @@ def test_lines_of_an_earlier_start_give_the_same_history() -> None:
         {"step": step, "experts": {"load": (ALL_USED if step == 3 else USED).tolist()}}
         for step in steps
     ]
-    again = LoadHistory([*lines, {"step": 5, "loss/validation": 1.0}])
+    again = LoadHistory()
+    for line in [*lines, {"step": 5, "loss/validation": 1.0}]:
+        again.add_line(line)
     whole = history(steps)
     assert again.dead_experts() == whole.dead_experts() == [[], [2]]
     for name, picture in whole.pictures().items():
