@@ -18,9 +18,9 @@ from tsmoe.ranks import Ranks
 
 ExpertCompute = Literal["auto", "grouped", "loop"]
 
-# On CPU with MKL, below this many rows for an expert a grouped product is the faster one: 128 experts
-# of 14 rows and width 32 took 12 ms piece by piece, 7 ms grouped. Above, it gains 2 % and takes the
-# memory of all rows at once.
+# With MKL on CPU a grouped product is faster below this many rows for an expert: 128 experts of
+# 14 rows and width 32 took 12 ms piece by piece, 7 ms grouped. Above it gains 2 %, but takes
+# memory for all rows at once.
 _FEW_ROWS = 512
 
 

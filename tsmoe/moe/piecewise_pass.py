@@ -24,8 +24,8 @@ from tsmoe.moe.assignment import Assignment
 
 # Rows of a piece at most. Larger ones gain nothing in matmul and fall out of the cache.
 _PIECE_ROWS = 2048
-# oneDNN compiles a kernel for each new shape: 0.4-0.9 ms, as long as the product of 800 x 256 x 1024
-# itself takes in bf16. Counts differ from step to step, multiples of 32 soon repeat.
+# oneDNN compiles a kernel for each new shape: 0.4-0.9 ms, as long as a bf16 product of 800 x 256 x
+# 1024 takes. Counts differ from step to step, multiples of 32 soon repeat.
 _SHAPE_MULTIPLE = 32
 
 
@@ -119,7 +119,8 @@ class _Sizes:
 def pays_for_new_shapes(dtype: torch.dtype) -> bool:
     """Say whether oneDNN multiplies: float32 is MKL's unless the precision setting says else."""
     if dtype == torch.float32:
-        return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        setting: Any = torch.backends.mkldnn
+        return setting.matmul.fp32_precision == "bf16"
     return dtype == torch.bfloat16
 
 
