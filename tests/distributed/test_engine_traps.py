@@ -23,6 +23,7 @@ from small_run import (
 from tsmoe import ranks as ranks_module
 from tsmoe.batch import WindowBatch
 from tsmoe.config import merge_layers
+from tsmoe.engine import deepspeed_moe
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.deepspeed_engine import initialise_deepspeed
 from tsmoe.engine.protocol import Engine
@@ -130,6 +131,24 @@ def count_exchanges(config: RunConfig) -> int:
 def test_plain_engine_exchanges_gradients_once_a_step(corpus) -> None:
     config = small_config(corpus, {"training": {"micro_batch_size": 4}})
     assert run_on_ranks(count_exchanges, config) == [1, 1]
+
+
+def refusal_of_marked_experts(config: RunConfig) -> str:
+    """Start stage 3 with the experts of stages 1 and 2."""
+    deepspeed_moe.SlicedExperts = deepspeed_moe.DeepSpeedExperts  # type: ignore[misc]
+    try:
+        start_engine(config)
+    except AssertionError as error:
+        return str(error)
+    return "no error"
+
+
+def test_stage_3_still_refuses_deepspeeds_own_expert_class(corpus) -> None:
+    """Once it does not, `SlicedExperts` may go."""
+    (refusal,) = run_on_ranks(
+        refusal_of_marked_experts, small_config(corpus, WHOLE, SLICED), num_ranks=1
+    )
+    assert "Native DeepSpeed MoE is not supported with ZeRO Stage 3" in refusal
 
 
 # bf16.
@@ -250,6 +269,7 @@ def test_gradient_that_is_not_finite_stops_before_the_update(corpus) -> None:
     engines = (
         SPREAD,
         merge_layers(SPREAD, BF16),
+        merge_layers(SPREAD, OFFLOADED, BF16),
         merge_layers(SPREAD, OFFLOADED),
         merge_layers(SPREAD, SLICED),
         merge_layers(WHOLE, SLICED, OFFLOADED, BF16),

@@ -32,6 +32,9 @@ OWNED_BY_RUN_CONFIG = {
     "tensorboard": "the run folder, where tensorboard files always go",
 }
 
+# Numbers of a gradient exchange: large enough that its latency does not count.
+_BUCKET_SIZE = 20_000_000
+
 _REFUSED_IN_ZERO = {
     "offload_optimizer": "set engine.offloads_optimizer instead",
     "compute_grad_norm": "the norm is in every step's report and clips the gradient",
@@ -57,6 +60,10 @@ class DeepSpeedEngineConfig(Section):
     expert_parallel_size: int | Literal["auto"] = "auto"
     """Ranks that share one set of experts; consecutive ranks form a group. `auto`: as many as
     divide both the number of ranks and that of experts."""
+    wire_precision: Literal["same", "bf16"] = "same"
+    """Type in which rows, and their gradients, travel between ranks that share experts. `bf16`
+    halves the bytes of fp32 rows and rounds each to 8 bits on either way. Where each rank has all
+    experts nothing travels and nothing is rounded."""
     config_file: str | None = None
     """A DeepSpeed JSON with settings that the run config does not own."""
 
@@ -108,6 +115,8 @@ def deepspeed_json(
             f"{config.config_file}: zero_optimization may not hold {'; '.join(refused)}"
         )
     zero["stage"] = config.zero_stage
+    # DeepSpeed's default of 5e8 numbers is a buffer of 2 GB, twice with overlap, for any model.
+    zero.setdefault("reduce_bucket_size", _BUCKET_SIZE)
     if config.offloads_optimizer:
         # Page-locked memory needs a GPU's driver; there it lets copies run beside computation.
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": is_on_gpu}

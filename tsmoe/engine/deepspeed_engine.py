@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -61,11 +62,15 @@ def initialise_deepspeed(ranks: Ranks, *, timeout_seconds: float) -> None:
     )
 
 
-def expert_factory(expert_parallel_size: int, ranks: Ranks, *, zero_stage: int) -> ExpertFactory:
+def expert_factory(
+    expert_parallel_size: int, ranks: Ranks, *, zero_stage: int, wire_precision: str = "same"
+) -> ExpertFactory:
     """Return what builds this rank's share of a layer's experts. Collective: makes groups."""
     from tsmoe.engine.deepspeed_moe import DeepSpeedExperts, SlicedExperts, expert_ranks
 
     shared = expert_ranks(ranks, expert_parallel_size)
+    if wire_precision == "bf16":
+        shared = replace(shared, wire_dtype=torch.bfloat16)
     kind = SlicedExperts if zero_stage == 3 else DeepSpeedExperts
     return functools.partial(kind, ranks=shared)
 
@@ -131,6 +136,10 @@ class DeepSpeedEngine:
         if config.zero_stage == 3:
             self._state = SlicedState(self._zero)
             _announce_router_parameters(model)
+        else:
+            # It would look at every gradient, exchange what it found and wait for the device; the
+            # norm that follows says the same.
+            self._zero.check_overflow = lambda **_: None
 
     def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:
         """Run the model on the context of the batch's windows."""

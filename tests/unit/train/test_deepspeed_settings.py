@@ -50,9 +50,13 @@ def test_run_config_decides_what_it_owns() -> None:
 
 
 def test_file_may_set_the_rest(tmp_path: Path) -> None:
-    content = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
+    content: dict = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
     settings = settings_with_file(tmp_path / "ds.json", content)
-    assert settings["zero_optimization"] == {"overlap_comm": True, "stage": 2}
+    found = settings["zero_optimization"]
+    assert found == {"overlap_comm": True, "stage": 2, "reduce_bucket_size": 20_000_000}
+    content["zero_optimization"] = {"reduce_bucket_size": 1000}
+    settings = settings_with_file(tmp_path / "ds.json", content)
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
     assert settings["wall_clock_breakdown"] is True
 
 
