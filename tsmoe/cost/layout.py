@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from tsmoe.cost.activations import Numerics
-from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig, deepspeed_json
+from tsmoe.engine.deepspeed_config import (
+    BUCKET_ELEMENTS,
+    DeepSpeedEngineConfig,
+    deepspeed_json,
+)
 
 if TYPE_CHECKING:
     from tsmoe.engine.build import RunSettings
-
-# DeepSpeed's own; it allocates the bucket whole.
-DEFAULT_BUCKET_ELEMENTS = 500_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ class Layout:
     """Windows of one rank and one pass."""
     accumulation_steps: int = 1
     """Passes per optimizer step."""
-    bucket_elements: int = DEFAULT_BUCKET_ELEMENTS
-    """Elements of DeepSpeed's reduction bucket; never more than there are parameters."""
+    bucket_elements: int = BUCKET_ELEMENTS
+    """Elements of DeepSpeed's reduction bucket, which it allocates whole; never more than there are parameters."""
     overlaps_reduction: bool = False
     """Gradients are reduced beside the backward pass."""
     wire_precision: Literal["same", "bf16"] = "same"
@@ -106,6 +107,6 @@ def layout_of(config: RunSettings, world_size: int, *, is_on_gpu: bool) -> Layou
         expert_parallel_size=config.expert_parallel_size(world_size),
         zero_stage=zero["stage"],
         offloads_optimizer=engine.offloads_optimizer,
-        bucket_elements=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)),
+        bucket_elements=int(zero["reduce_bucket_size"]),
         overlaps_reduction=bool(zero.get("overlap_comm", zero["stage"] == 3)),
     )

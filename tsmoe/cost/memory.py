@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from tsmoe.cost import activations as kept
 from tsmoe.cost.activations import Numerics, Rows
+from tsmoe.cost.engine_memory import engine_memory
 from tsmoe.cost.flops import values_per_point
 from tsmoe.cost.layout import Layout
-from tsmoe.cost.parameters import ParameterSize, parameter_sizes
+from tsmoe.cost.parameters import parameter_sizes
 from tsmoe.cost.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -92,13 +93,13 @@ class _Step:
         self.numerics: Numerics = layout.numerics
         self.moe = model.feed_forward if isinstance(model.feed_forward, MoEConfig) else None
         self.time = Timeline()
-        self.parameters = parameter_sizes(model, expert_parallel_size=layout.expert_parallel_size)
-        self.gradients = _Gradients(self.time, layout, self.parameters)
+        parameters = parameter_sizes(model, expert_parallel_size=layout.expert_parallel_size)
+        self.engine = engine_memory(self.time, layout, parameters)
         # One tensor as wide as the residual stream.
         self.tokens_bytes = rows.tokens * model.d_model * self.numerics.element
 
     def run(self) -> MemoryPlan:
-        host = self._hold_states()
+        host = self.engine.hold_states()
         batches = kept.batch_bytes(self.model, self.rows) * self.layout.accumulation_steps
         self.time.take("batch", batches)
         # Passes before the last differ in the gradients that they find only.
@@ -106,27 +107,9 @@ class _Step:
             is_last = number == min(self.layout.accumulation_steps, 2) - 1
             self._forward()
             self._backward()
-            self.gradients.finish(is_last=is_last)
-        self.gradients.update()
+            self.engine.pass_ends(is_last=is_last)
+        self.engine.update()
         return MemoryPlan(parts=self.time.peak, host=host)
-
-    def _hold_states(self) -> int:
-        """Hold what outlives the step and return what the host holds instead."""
-        layout, trained = self.layout, [p for p in self.parameters if p.is_trained]
-        everything = sum(p.numel for p in self.parameters)
-        self.time.take("weights", everything * self.numerics.weight)
-        if not layout.zero_stage:
-            count = sum(p.numel for p in trained)
-            self.time.take("moments", 2 * _FLOAT32 * count)
-            if layout.world_size > 1:  # DDP's buckets hold all gradients once more
-                self.time.take("reduction_buckets", _FLOAT32 * count)
-            return 0
-        partition = sum(owned_elements(trained, layout).values())
-        if layout.offloads_optimizer:
-            return 4 * _FLOAT32 * partition
-        self.time.take("masters", _FLOAT32 * partition)
-        self.time.take("moments", 2 * _FLOAT32 * partition)
-        return 0
 
     # Forward
 
@@ -159,10 +142,7 @@ class _Step:
 
     def _forward(self) -> None:
         activations, dispatch = self._block_activations()
-        if self.numerics.is_autocast:
-            # Autocast keeps its bf16 copies of the matrices until their gradients are there.
-            count = sum(p.numel for p in self.parameters if p.is_decayed)
-            self.time.take("working", 2 * count)
+        self.engine.forward_begins()
         self.time.take("activations", self._outside_blocks())
         for _ in range(self.model.num_layers):
             if self.layout.recomputes:
@@ -184,7 +164,7 @@ class _Step:
         with self.time.working(3 * _FLOAT32 * points):
             self.time.give("activations", kept.loss_bytes(model, self.rows))
         with self.time.working(points * numerics.element + self.tokens_bytes):
-            self.gradients.ready("head")
+            self.engine.gradients_came("head")
         self.time.give("activations", kept.head_bytes(model, self.rows, numerics))
         self._norm_backward("output_norm")
         self.time.take("working", self.tokens_bytes)  # the gradient on its way down
@@ -199,7 +179,7 @@ class _Step:
             self._norm_backward(f"blocks.{layer}.attention_norm")
             if self.layout.recomputes:
                 self.time.give("activations", self.tokens_bytes)
-        self.gradients.ready("embed")
+        self.engine.gradients_came("embed")
         self.time.give("activations", kept.embedding_bytes(model, self.rows, numerics))
         self.time.give("working", self.tokens_bytes)
 
@@ -208,17 +188,17 @@ class _Step:
         casts = 2 if self.numerics.element != _FLOAT32 else 0
         wide = self.rows.tokens * self.model.d_model * _FLOAT32
         with self.time.working((1 + casts) * wide + (self.tokens_bytes if casts else 0)):
-            self.gradients.ready(name)
+            self.engine.gradients_came(name)
         self.time.give("activations", kept.norm_bytes(self.model, self.rows, self.numerics))
 
     def _attention_backward(self, name: str) -> None:
         # Gradients of query, key and value, their joint one, and that of the tokens.
         with self.time.working(self.tokens_bytes):
-            self.gradients.ready(f"{name}.output")
+            self.engine.gradients_came(f"{name}.output")
             with self.time.working(6 * self.tokens_bytes):
                 pass
         with self.time.working(4 * self.tokens_bytes):
-            self.gradients.ready(f"{name}.query_key_value")
+            self.engine.gradients_came(f"{name}.query_key_value")
         self.time.give("activations", kept.attention_bytes(self.model, self.rows, self.numerics))
 
     def _feed_forward_backward(self, name: str) -> None:
@@ -235,7 +215,7 @@ class _Step:
                 self._routed_backward(name)
         if self.moe is not None:
             with self.time.working(self.rows.tokens * self.model.d_model * _FLOAT32):
-                self.gradients.ready(f"{name}.router")
+                self.engine.gradients_came(f"{name}.router")
             size = kept.router_bytes(self.model, self.moe, self.rows, self.numerics)
             self.time.give("activations", size)
 
@@ -244,13 +224,13 @@ class _Step:
         if not inner:
             return
         with self.time.working(inner):
-            self.gradients.ready(f"{name}.down")
+            self.engine.gradients_came(f"{name}.down")
             self.time.give("activations", inner)  # the product of gate and up
             with self.time.working(3 * inner):
                 pass
         self.time.give("activations", 2 * inner)
         with self.time.working(2 * inner + self.tokens_bytes):
-            self.gradients.ready(f"{name}.gate_up")
+            self.engine.gradients_came(f"{name}.gate_up")
 
     def _routed_backward(self, name: str) -> None:
         assert self.moe is not None
@@ -285,118 +265,12 @@ class _Step:
             with self.time.working(5 * inner):
                 pass
             with self.time.working(4 * inner + received):
-                self.gradients.ready(f"{name}.experts")
+                self.engine.gradients_came(f"{name}.experts")
         else:
             # Scratch for one piece of the rows at a time.
             scratch = min(_PIECE_ROWS, rows.received)
             width = 2 * model.d_model + 4 * moe.d_ff_expert
             units = received if rows.is_remote else self.tokens_bytes
             with self.time.working(units + scratch * width * numerics.element):
-                self.gradients.ready(f"{name}.experts")
+                self.engine.gradients_came(f"{name}.experts")
         self.time.give("activations", kept.experts_bytes(moe, rows, numerics))
-
-
-def owned_elements(trained: list[ParameterSize], layout: Layout) -> dict[tuple[bool, bool], int]:
-    """Say how much of each optimizer group a rank of ZeRO keeps masters and moments of.
-
-    Routed experts are partitioned over the ranks that hold the same ones only: with as many ranks
-    in an expert-parallel group as there are, not at all (DeepSpeed issue 7156).
-
-    Returns:
-        Elements by (is_routed, is_decayed).
-    """
-    sizes: dict[tuple[bool, bool], int] = {}
-    for parameter in trained:
-        key = parameter.is_routed, parameter.is_decayed
-        sizes[key] = sizes.get(key, 0) + parameter.numel
-    return {
-        key: -(-size // (layout.expert_data_parallel_size if key[0] else layout.world_size))
-        for key, size in sizes.items()
-    }
-
-
-class _Gradients:
-    """Gradients of a step, where an engine keeps them, and what the update needs."""
-
-    def __init__(
-        self, time: Timeline, layout: Layout, parameters: tuple[ParameterSize, ...]
-    ) -> None:
-        self.time, self.layout = time, layout
-        self.trained = [p for p in parameters if p.is_trained]
-        self.by_module: dict[str, list[ParameterSize]] = {}
-        for parameter in self.trained:
-            words = parameter.name.split(".")
-            for depth in range(len(words)):
-                module = ".".join(words[: depth + 1])
-                self.by_module.setdefault(module, []).append(parameter)
-        self.size = layout.numerics.weight
-        everything = sum(p.numel for p in parameters)
-        self.bucket = min(layout.bucket_elements, everything) * self.size
-        self.has_bucket = False
-        self.in_bucket = 0
-        self.pass_number = 0
-        self.partition = 0
-
-    def ready(self, module: str) -> None:
-        """Take the gradients of a module, or of a parameter."""
-        for parameter in self.by_module.get(module, ()):
-            self._ready(parameter.numel * self.size)
-            if self.layout.numerics.is_autocast and parameter.is_decayed:
-                self.time.give("working", 2 * parameter.numel)
-
-    def _ready(self, size: int) -> None:
-        if not self.layout.zero_stage:
-            if self.pass_number == 0:
-                self.time.take("gradients", size)
-            return
-        if not self.has_bucket:
-            self.time.take("reduction_buckets", self.bucket)
-            self.has_bucket = True
-        if self.layout.zero_stage == 1:
-            if self.pass_number == 0:
-                self.time.take("gradients", size)
-            return
-        if self.in_bucket + size > self.bucket:
-            self._flush()
-        self.in_bucket += size
-        with self.time.working(size):
-            pass
-
-    def _flush(self) -> None:
-        """Reduce what stage 2 has collected: flattened once more, then copied to the partition."""
-        with self.time.working(min(self.in_bucket, self.bucket)):
-            pass
-        if not self.partition:
-            self.partition = self._partition_bytes()
-            self.time.take("gradients", self.partition)
-        self.in_bucket = 0
-
-    def _partition_bytes(self) -> int:
-        return sum(owned_elements(self.trained, self.layout).values()) * self.size
-
-    def finish(self, *, is_last: bool) -> None:
-        """End a backward pass."""
-        self.pass_number += 1
-        if self.layout.zero_stage == 1 and is_last:
-            # The first bucket is filled with copies, then the partition is made beside the rest.
-            total = sum(p.numel for p in self.trained) * self.size
-            self.time.give("gradients", min(total, self.bucket))
-            self.partition = self._partition_bytes()
-            self.time.take("gradients", self.partition)
-            self.time.give("gradients", total - min(total, self.bucket))
-        if self.layout.zero_stage == 2:
-            self._flush()
-            if not is_last:
-                self.partition = 0  # the next pass makes another, which is added to this one
-        if self.has_bucket:
-            self.time.give("reduction_buckets", self.bucket)
-            self.has_bucket = False
-
-    def update(self) -> None:
-        """Clip and step: each group's partition is flattened and made float32 in turn."""
-        if not self.layout.zero_stage:
-            return
-        largest = max(owned_elements(self.trained, self.layout).values())
-        copies = self.size + (_FLOAT32 if self.size != _FLOAT32 else 0)
-        with self.time.working(copies * largest):
-            pass

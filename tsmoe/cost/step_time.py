@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tsmoe.cost.communication import Exchange, exchanges
+from tsmoe.cost.engine_memory import owned_elements
 from tsmoe.cost.flops import training_flops
 from tsmoe.cost.layout import Layout
 from tsmoe.cost.machine import Machine
-from tsmoe.cost.memory import owned_elements
 from tsmoe.cost.parameters import parameter_sizes
 
 if TYPE_CHECKING:
@@ -122,11 +122,10 @@ def _computed(model: TimeTrackerConfig, layout: Layout, variates: int, imbalance
 
 def _update_seconds(model: TimeTrackerConfig, layout: Layout, machine: Machine) -> float:
     sizes = parameter_sizes(model, expert_parallel_size=layout.expert_parallel_size)
-    trained = [p for p in sizes if p.is_trained]
     if not layout.zero_stage:
-        count = sum(p.numel for p in trained)
+        count = sum(p.numel for p in sizes if p.is_trained)
         return _ADAM_BYTES * count / machine.memory_bandwidth.value
-    count = sum(owned_elements(trained, layout).values())
+    count = sum(owned_elements(sizes, layout).values())
     # The partition is flattened, cast and cast back.
     weight = layout.numerics.weight
     moved = (_ADAM_BYTES + 4 * weight + 2 * _FLOAT32) * count
