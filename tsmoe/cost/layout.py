@@ -35,7 +35,8 @@ class Layout:
     accumulation_steps: int = 1
     """Passes per optimizer step."""
     bucket_elements: int = BUCKET_ELEMENTS
-    """Elements of DeepSpeed's reduction bucket, which it allocates whole; never more than there are parameters."""
+    """Elements of DeepSpeed's reduction bucket, which it allocates whole; never more than there are
+    parameters."""
     overlaps_reduction: bool = False
     """Gradients are reduced beside the backward pass."""
     wire_precision: Literal["same", "bf16"] = "same"

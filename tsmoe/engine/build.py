@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
+from tsmoe.engine.host_memory import keep_freed_memory
 from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.engine.plain_engine import PlainEngine, PlainEngineConfig, Precision
 from tsmoe.engine.protocol import Engine
@@ -65,6 +66,8 @@ def build_engine(
         prepare: what a stage of training does to the model before the engine sees it.
     """
     training = config.training
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     make_model = functools.partial(
         build_model,
         config.model,
@@ -91,7 +94,12 @@ def build_engine(
 
             size = config.expert_parallel_size(ranks.size)
             initialise_deepspeed(ranks, timeout_seconds=training.timeout_seconds)
-            factory = expert_factory(size, ranks, zero_stage=config.engine.zero_stage)
+            factory = expert_factory(
+                size,
+                ranks,
+                zero_stage=config.engine.zero_stage,
+                wire_precision=config.engine.wire_precision,
+            )
             model = make_model(make_experts=factory)
             finish(model)
             return DeepSpeedEngine(

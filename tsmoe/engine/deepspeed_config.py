@@ -32,8 +32,9 @@ OWNED_BY_RUN_CONFIG = {
     "tensorboard": "the run folder, where tensorboard files always go",
 }
 
-# Numbers of a gradient exchange: large enough that its latency does not count.
-_BUCKET_SIZE = 20_000_000
+# Of a gradient exchange: large enough that its latency does not count. DeepSpeed would allocate
+# 500 million, twice with overlap.
+BUCKET_ELEMENTS = 20_000_000
 
 _REFUSED_IN_ZERO = {
     "offload_optimizer": "set engine.offloads_optimizer instead",
@@ -115,8 +116,7 @@ def deepspeed_json(
             f"{config.config_file}: zero_optimization may not hold {'; '.join(refused)}"
         )
     zero["stage"] = config.zero_stage
-    # DeepSpeed's default of 5e8 numbers is a buffer of 2 GB, twice with overlap, for any model.
-    zero.setdefault("reduce_bucket_size", _BUCKET_SIZE)
+    zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
     if config.offloads_optimizer:
         # Page-locked memory needs a GPU's driver; there it lets copies run beside computation.
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": is_on_gpu}

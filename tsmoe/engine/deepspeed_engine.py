@@ -116,9 +116,9 @@ class DeepSpeedEngine:
             micro_batch_size=micro_batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
         )
-        # DeepSpeed allocates all of its bucket, 2 GB by default in fp32, however small the model.
+        # DeepSpeed allocates all of its bucket, however small the model.
         zero, count = settings["zero_optimization"], sum(p.numel() for p in model.parameters())
-        zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", 5e8)), count)
+        zero["reduce_bucket_size"] = min(int(zero["reduce_bucket_size"]), count)
         try:
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, dist_init_required=False, config=settings
