@@ -4,6 +4,7 @@ from torch import Tensor
 
 from tsmoe.moe.routers.sequence import SequenceRouter, SequenceRouterConfig
 from tsmoe.moe.routing import Routing
+from tsmoe.nn.spans import SeriesSpans
 
 D, E = 16, 8
 
@@ -58,3 +59,29 @@ def test_logits_of_normalised_tokens_have_unit_variance(tokens_BCND) -> None:
 def test_top_k_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"top_k \(0\)"):
         SequenceRouterConfig(top_k=0)
+
+
+def test_margin_is_the_distance_from_the_last_chosen_to_the_best_missed() -> None:
+    router = SequenceRouter(SequenceRouterConfig(mode="token", top_k=2), 4, 4)
+    with torch.no_grad():
+        router.clusters_ED.copy_(torch.eye(4))
+        router.balance.bias_E.copy_(torch.tensor([0.0, 0.0, 0.1, 0.0]))
+    logits_BCNE = torch.tensor([[[[3.0, 2.0, -1.0, -3.0], [-4.0, 1.0, 4.0, 0.5]]]])
+    routing, _ = router(logits_BCNE, None)
+    biased_BCNE = logits_BCNE.sigmoid() + router.balance.bias_E
+    # First token: experts 0 and 1, missed 2. Second: 2 and 1, missed 3.
+    expected = ((biased_BCNE[0, 0, 0, 1] - biased_BCNE[0, 0, 0, 2])
+                + (biased_BCNE[0, 0, 1, 1] - biased_BCNE[0, 0, 1, 3])) / 2  # fmt: skip
+    torch.testing.assert_close(routing.margin, expected)
+    assert not routing.margin.requires_grad
+
+
+def test_margin_counts_tokens_of_series_only_and_is_nan_where_nothing_is_missed() -> None:
+    tokens_BCND = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    router = SequenceRouter(SequenceRouterConfig(mode="token", top_k=2), 4, 4)
+    spans = SeriesSpans.of(torch.tensor([[[0, 0, -1]]]))
+    packed, _ = router(tokens_BCND, None, spans=spans)
+    alone, _ = router(tokens_BCND[:, :, :2], None)
+    torch.testing.assert_close(packed.margin, alone.margin)
+    everyone = SequenceRouter(SequenceRouterConfig(mode="token", top_k=4), 4, 4)
+    assert everyone(tokens_BCND, None)[0].margin.isnan()
