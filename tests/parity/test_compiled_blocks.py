@@ -1,10 +1,11 @@
 """Compiled blocks train as plain ones do, and are compiled once for all layers.
 
-The graphs are traced and split into forward and backward as for any backend but run as they are,
-which takes no C++ compiler.
+Most graphs are traced and split into forward and backward as for any backend but run as they are,
+which takes no C++ compiler; one test builds the C++.
 """
 
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,3 +160,15 @@ def test_dense_blocks_are_compiled_too() -> None:
         atol = 1e-5 * float(expected.detach().abs().max())
         torch.testing.assert_close(found, expected, rtol=0, atol=atol)
     assert counters["stats"]["unique_graphs"] == GRAPHS
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+def test_compiled_cpp_gives_the_gradients_of_plain_blocks() -> None:
+    torch.compiler.reset()
+    # Without a shared network: half as much to build.
+    alone = MoEConfig(num_experts=2, d_ff_expert=16, num_shared_experts=0)
+    model, plain = (small_model(feed_forward=alone) for _ in range(2))
+    compile_blocks(model, device=torch.device("cpu"))
+    for found, expected in zip(*map(output_and_gradients, (model, plain)), strict=True):
+        atol = 1e-5 * float(expected.detach().abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)

@@ -105,6 +105,13 @@ class RunConfig(Section):
                 "corpus is not set; give corpus=FOLDER, or stream.path=NAME to train on a data set "
                 "of the hub as it comes"
             )
+        is_stage_3 = getattr(self.engine, "zero_stage", None) == 3
+        if self.training.compiles_blocks and is_stage_3:
+            raise ValueError(
+                "training.compiles_blocks is true and engine.zero_stage is 3, but there DeepSpeed "
+                "gathers the weights of each module by hooks that torch.compile cannot trace; use "
+                "stage 1 or 2, or leave blocks as they are"
+            )
         if self.data.packs_short_series and model.context_length % model.patch_length:
             below = model.context_length // model.patch_length * model.patch_length
             raise ValueError(

@@ -119,6 +119,13 @@ def test_impossible_settings_are_refused_by_name(settings: dict, named: str) -> 
         TrainingConfig(**settings)
 
 
+def test_compiled_blocks_are_refused_under_stage_3_with_the_reason() -> None:
+    compiled = {"compiles_blocks": True}
+    with pytest.raises(ConfigError, match=r"compiles_blocks.*zero_stage is 3.*hooks"):
+        config_of(training=compiled, engine={"type": "deepspeed", "zero_stage": 3})
+    config_of(training=compiled, engine={"type": "deepspeed", "zero_stage": 2})
+
+
 def test_stream_takes_the_place_of_a_preset_s_corpus_and_that_is_said(tmp_path, caplog) -> None:
     with caplog.at_level("INFO"):
         config = resolve("time_tracker_tiny", ["stream.path=a/b", "stream.name=c"])
