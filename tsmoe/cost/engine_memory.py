@@ -13,6 +13,8 @@ from tsmoe.cost.timeline import Timeline
 _FLOAT32 = 4
 # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance.
 _MOST_GATHERED = 1_000_000_000
+# DeepSpeed's stage3_prefetch_bucket_size.
+_PREFETCHED = 50_000_000
 
 
 def owned_elements(
@@ -69,6 +71,9 @@ class EngineMemory:
         if self.layout.numerics.is_autocast:
             # Autocast keeps its bf16 copies of the matrices until their gradients are there.
             self.time.take("working", 2 * sum(p.numel for p in self.parameters if p.is_decayed))
+
+    def blocks_end(self) -> None:
+        """Let go what the blocks' forward pass alone needed."""
 
     def gradients_came(self, module: str) -> None:
         """Take the gradients of a module."""
@@ -220,14 +225,14 @@ class ZeroThreeMemory(ZeroTwoMemory):
         self.has_partition = self.has_bucket = True
 
     def hold_states(self) -> int:
-        """Take what outlives a step; offloaded gradients wait on the host as well."""
+        """Take what outlives a step."""
         self.time.take("weights", self.weight * sum(map(self._share, self.parameters)))
         self.time.take("reduction_buckets", self.bucket)
-        host = self._hold_optimizer()
         if self.layout.offloads_optimizer:
-            return host + self.partition
+            # Masters, moments and gradients in float32, and gradients as they come.
+            return 4 * _FLOAT32 * sum(self.owned.values()) + self.partition
         self.time.take("gradients", self.partition)
-        return host
+        return self._hold_optimizer()
 
     def _share(self, parameter: ParameterSize) -> int:
         return -(-parameter.numel // _sharers(self.layout, is_routed=parameter.is_routed))
@@ -241,6 +246,13 @@ class ZeroThreeMemory(ZeroTwoMemory):
         count = sum(p.numel for p in self.parameters if self._is_gathered(p))
         self.gathered = min(count, _MOST_GATHERED)
         self.time.take("weights", self.weight * self.gathered)
+        # What is gathered together comes in one buffer and is copied out of it one by one.
+        self.time.take("working", self.weight * min(count, _PREFETCHED))
+
+    def blocks_end(self) -> None:
+        """Let the buffer of gathered weights go."""
+        count = sum(p.numel for p in self.parameters if self._is_gathered(p))
+        self.time.give("working", self.weight * min(count, _PREFETCHED))
 
     def gradient_came(self, parameter: ParameterSize) -> None:
         """Copy it into the bucket, which holds gradients of one group of ranks only."""

@@ -150,6 +150,7 @@ class _Step:
             else:
                 self.time.take("activations", activations)
                 self.time.take("dispatch_buffers", dispatch)
+        self.engine.blocks_end()
         points = self.rows.tokens * self.model.patch_length * values_per_point(self.model)
         # Errors of both sides, their maximum and its mean, before the first of them is let go.
         self.time.take("activations", kept.loss_bytes(self.model, self.rows))
