@@ -53,6 +53,8 @@ class Trainer:
             config.model, config.training.micro_batch_size, seed=ranks.rank
         )
         self.steps_done = 0
+        self.own_cpu_seconds = 0.0
+        """Spent after the step: reading the meters, working figures out, writing them."""
         self.losses: list[float] = []
 
     def turn(self) -> None:
@@ -66,10 +68,12 @@ class Trainer:
                 error_unit="window", target_clip=10.0, series_name=str, telemetry=self.telemetry,
             )  # fmt: skip
             times = {"seconds": time.monotonic() - begun, "seconds_waited": 0.0}
+            cpu = time.thread_time()
             if self.telemetry is not None:
                 self.telemetry.step_ended(**times)
             if self.record is not None:
                 self.record.stepped(self.steps_done, report, self.engine.model.routers(), **times)
+            self.own_cpu_seconds += time.thread_time() - cpu
             self.steps_done += 1
             self.losses.append(report.loss)
 
@@ -98,6 +102,10 @@ def worker(output: Path, *, rounds: int, windows: int) -> None:
             "losses_equal": losses["off"] == losses["measured"] == losses["recorded"],
             "cpu_ms_a_step": {n: round(median(turns.cpu[n]) / steps * 1e3, 3) for n in VARIANTS},
             "cpu_over_off": {n: over_off(turns.cpu, n) for n in VARIANTS[1:]},
+            "own_cpu_ms_a_step_after_it": {
+                name: round(trainers[name].own_cpu_seconds / trainers[name].steps_done * 1e3, 3)
+                for name in VARIANTS[1:]
+            },
             "bytes_a_step": {
                 path.name: round(size(path) / trainers["recorded"].steps_done)
                 for path in sorted((output.parent / "run").iterdir())
