@@ -153,7 +153,7 @@ class RunConfig(Section):
             raise ConfigError(
                 f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
                 f"training.micro_batch_size ({training.micro_batch_size}) times the number of "
-                f"ranks ({world_size})"
+                f"ranks ({world_size}); {_fitting_sizes(training, world_size)}"
             )
         self.expert_parallel_size(world_size)
 
@@ -186,6 +186,17 @@ class RunConfig(Section):
                 f"model.feed_forward.num_experts ({num_experts})"
             )
         return size
+
+
+def _fitting_sizes(training: TrainingConfig, world_size: int) -> str:
+    """Say which batch sizes would fit so many ranks."""
+    windows, per_pass = training.global_batch_size, training.micro_batch_size * world_size
+    nearest = max(1, round(windows / per_pass)) * per_pass
+    advice = f"set training.global_batch_size={nearest}"
+    if windows % world_size == 0:
+        micro_batch_size = math.gcd(windows // world_size, training.micro_batch_size)
+        advice += f", or keep it and set training.micro_batch_size={micro_batch_size}"
+    return advice
 
 
 def preset_names() -> list[str]:

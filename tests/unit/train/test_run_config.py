@@ -70,6 +70,22 @@ def test_batch_that_does_not_divide_names_all_three_numbers() -> None:
     assert config.training.gradient_accumulation_steps(5) == 2
 
 
+@pytest.mark.parametrize(
+    ("world_size", "advice"),
+    [
+        (512, {"global_batch_size": 32768, "micro_batch_size": 8}),
+        (96, {"global_batch_size": 6144}),
+    ],
+)
+def test_a_refused_number_of_ranks_comes_with_sizes_that_fit(world_size: int, advice: dict) -> None:
+    sizes = {"global_batch_size": 4096, "micro_batch_size": 64}
+    message = refusal(world_size, training=sizes)
+    for name, value in advice.items():
+        assert f"training.{name}={value}" in message
+        config_of(training=sizes | {name: value}).check_world_size(world_size)
+    assert ("or keep it" in message) == ("micro_batch_size" in advice)
+
+
 def test_expert_parallel_size_must_divide_ranks_and_experts() -> None:
     engine = {"type": "deepspeed", "expert_parallel_size": 2}
     message = refusal(1, engine=engine)
