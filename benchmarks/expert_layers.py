@@ -8,6 +8,8 @@ Two parts, each in turns, ratios of CPU time:
 - *layers*: forward and backward of one layer in one process, without engine or optimizer; against a
   loop over a module per expert, with few large experts and with many small ones.
 
+All multiply float32 matrices by oneDNN, as our training does.
+
     python benchmarks/expert_layers.py                      # fp32
     python benchmarks/expert_layers.py --precision bf16
 """
@@ -45,6 +47,7 @@ from tsmoe.engine.deepspeed_engine import expert_factory, initialise_deepspeed
 from tsmoe.moe.experts import Experts
 from tsmoe.moe.layer import ExpertFactory, MoEConfig, MoELayer
 from tsmoe.moe.routers import SequenceRouterConfig
+from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.ranks import Ranks
 
 D_MODEL, NUM_LAYERS, PATCHES = 256, 2, 16
@@ -152,6 +155,7 @@ def step_of(
     )  # fmt: skip
     tokens_BCND = random_tokens(size, precision, seed=ranks.rank)
 
+    @exact_onednn_matmul()
     def step() -> None:
         engine.backward(engine(tokens_BCND))
         engine.step()
@@ -191,6 +195,7 @@ def time_layers(size: Size, *, rounds: int, precision: str) -> dict[str, Any]:
     tokens_BCND = random_tokens(size, precision, seed=0)
     gradient_BCND = random_tokens(size, precision, seed=1)
 
+    @exact_onednn_matmul()
     def pass_through(layer: nn.Module) -> None:
         layer.zero_grad(set_to_none=True)
         run_layer(layer, tokens_BCND.clone().requires_grad_()).backward(gradient_BCND)

@@ -3,7 +3,7 @@
 All are the same transformer with the same active sizes and differ in the feed-forward part. They
 are trained in turns inside the same processes, under DeepSpeed with ZeRO 1, so that a busy machine
 slows all of them alike; what counts are ratios of CPU time, summed over ranks. The share of the
-machine's matrix-product rate is from the same rounds.
+machine's matrix-product rate is from the same rounds. All multiply float32 matrices by oneDNN.
 
     python benchmarks/step_speed.py                      # fp32: one rank, then two
     python benchmarks/step_speed.py --precision bf16
@@ -24,7 +24,7 @@ import torch
 
 from record import record
 from runs import environment
-from step_turns import Turns, take_turns
+from step_turns import GEMM, GEMM_DEFAULT, Turns, take_turns
 from step_variants import LOOP, OURS, STOCK, STOCK_ALL, twin_model
 from tsmoe import ranks as ranks_module
 from tsmoe.batch import WindowBatch
@@ -101,7 +101,10 @@ def summary(
         "tokens_per_step": tokens,
         "gflop_per_step": round(flops / 1e9, 1),
         "gemm_gflops_per_core": turns.gemm_gflops(),
-        "share_of_gemm_rate": {n: turns.gemm_share(n, flops) for n in ("dense", *OURS)},
+        "share_of_gemm_rate": {
+            gemm: {n: turns.gemm_share(n, flops, gemm=gemm) for n in ("dense", *OURS)}
+            for gemm in (GEMM, GEMM_DEFAULT)
+        },
         "speed_over": {t: {n: turns.speed_over(n, t) for n in OURS} for t in TWINS},
         "variants": {
             n: turns.figures(n, tokens=tokens, points=points) for n in (*TWINS, *OURS)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
+from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.ranks import Ranks
 
-GEMM = "gemm"
+# A plain matrix product as training does it, and as torch does by default.
+GEMM, GEMM_DEFAULT = "gemm", "gemm, torch's default"
 _GEMM_SIZE = 1024
 
 
@@ -25,22 +28,30 @@ class Turns:
     wall: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)
 
-    def speed_over(self, ours: str, twin: str) -> float:
-        """Return the median over rounds of the twin's CPU time over ours: above 1, we are faster.
+    def speed_over(self, ours: str, twin: str, *, work: float = 1.0) -> float:
+        """Return how many times the twin's speed ours is: the median over rounds, by CPU time.
 
-        Both must have done the same work.
+        Args:
+            ours: the one variant.
+            twin: the other.
+            work: how many times the twin's work ours does in a step.
         """
         pairs = zip(self.cpu[twin], self.cpu[ours], strict=True)
-        return round(statistics.median(theirs / mine for theirs, mine in pairs), 3)
+        return round(work * statistics.median(theirs / mine for theirs, mine in pairs), 3)
 
-    def gemm_share(self, variant: str, flops: float) -> float:
+    def median_cpu(self, variant: str) -> float:
+        """Return the median CPU seconds of a variant's step."""
+        return statistics.median(self.cpu[variant])
+
+    def gemm_share(self, variant: str, flops: float, *, gemm: str = GEMM) -> float:
         """Return the share of the machine's matrix-product rate that a variant reached.
 
         Args:
             variant: of which.
             flops: operations of its step on all ranks.
+            gemm: whose rate: that of training, or torch's default.
         """
-        pairs = zip(self.cpu[variant], self.cpu[GEMM], strict=True)
+        pairs = zip(self.cpu[variant], self.cpu[gemm], strict=True)
         return round(statistics.median(flops / cpu * gemm for cpu, gemm in pairs), 3)
 
     def figures(self, variant: str, *, tokens: int, points: int = 0) -> dict[str, float]:
@@ -56,9 +67,9 @@ class Turns:
             found["points_per_second_best"] = round(points / min(wall))
         return found
 
-    def gemm_gflops(self) -> float:
-        """Return the matrix-product rate, median over rounds, in 1e9 operations a CPU-second."""
-        return round(1e-9 / statistics.median(self.cpu[GEMM]), 1)
+    def gemm_gflops(self) -> dict[str, float]:
+        """Return the matrix-product rates, medians over rounds, in 1e9 operations a CPU-second."""
+        return {n: round(1e-9 / self.median_cpu(n), 1) for n in (GEMM, GEMM_DEFAULT)}
 
 
 def take_turns(
@@ -81,7 +92,7 @@ def take_turns(
     """
     ranks = ranks or Ranks()
     turns = Turns()
-    names = list(steps) + ([GEMM] if gemm_precision else [])
+    names = list(steps) + ([GEMM, GEMM_DEFAULT] if gemm_precision else [])
     for name in names:
         turns.wall[name], turns.cpu[name] = [], []
     for number in range(warm_up + rounds):
@@ -89,8 +100,9 @@ def take_turns(
         for name in names[first:] + names[:first]:
             ranks.barrier()
             wall, cpu = time.perf_counter(), time.process_time()
-            if name == GEMM:
-                spent = _gemm_seconds(str(gemm_precision))
+            if name in (GEMM, GEMM_DEFAULT):
+                with exact_onednn_matmul() if name == GEMM else nullcontext():
+                    spent = _gemm_seconds(str(gemm_precision))
             else:
                 steps[name]()
                 spent = time.process_time() - cpu
@@ -98,7 +110,7 @@ def take_turns(
             if number >= warm_up:
                 turns.wall[name].append(time.perf_counter() - wall)
                 # Of the product every rank does its own: the mean is that of one core.
-                turns.cpu[name].append(float(total) / (ranks.size if name == GEMM else 1))
+                turns.cpu[name].append(float(total) / (ranks.size if name not in steps else 1))
     return turns
 
 
