@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tsmoe.moe.layer import MoEConfig
 
 _FLOAT32, _INT64 = 4, 8
+# Of nn/causal_attention.py.
+_FEW_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class Numerics:
     """Bytes of an activation."""
     is_autocast: bool = False
     """Weights are float32 and cast before each use: the plain engine's bf16."""
+    is_on_gpu: bool = False
 
     @property
     def weight(self) -> int:
@@ -77,9 +80,12 @@ def norm_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
 
 
 def attention_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
-    """Attention of each variate to itself: projection, rotated query and key, output, and sums."""
-    kept = 6 * model.d_model * numerics.element + model.num_heads * _FLOAT32
-    return rows.tokens * kept
+    """Attention of each variate to itself: query, key, value, the output, and weights or sums."""
+    size = rows.tokens * 4 * model.d_model * numerics.element
+    if numerics.is_on_gpu or rows.patches > _FEW_TOKENS:
+        return size + rows.tokens * model.num_heads * _FLOAT32
+    # The processor's path for few tokens holds all weights.
+    return size + rows.tokens * rows.patches * model.num_heads * numerics.element
 
 
 def router_bytes(

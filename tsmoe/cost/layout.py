@@ -50,6 +50,7 @@ class Layout:
         return Numerics(
             element=2 if is_bf16 else 4,
             is_autocast=is_bf16 and self.zero_stage == 0,
+            is_on_gpu=self.is_on_gpu,
         )
 
     @property

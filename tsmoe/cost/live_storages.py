@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveStorages(TorchDispatchMode):
-    """Adds up the storages that operators returned and that nobody has let go yet.
+    """Adds up the storages that operators made and that nobody has let go yet.
 
     It sees what autograd, custom functions, DDP and DeepSpeed allocate by operators of torch, each
     storage once however many tensors view it. It does not see scratch memory inside a kernel, nor
@@ -35,13 +35,13 @@ class LiveStorages(TorchDispatchMode):
         """Run the operator and note the storages of its results."""
         result = func(*args, **(kwargs or {}))
         has_new = False
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                known = self._storages.get(storage._cdata)
-                if known is None or known[0].expired():
-                    self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-                    has_new = True
+        # A view of what is given, or what is written into it, takes nothing more.
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            known = self._storages.get(storage._cdata)
+            if storage._cdata not in given and (known is None or known[0].expired()):
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                has_new = True
         if has_new:
             self.peak = max(self.peak, self.alive())
         return result
@@ -52,3 +52,9 @@ class LiveStorages(TorchDispatchMode):
         for key in gone:
             del self._storages[key]
         return sum(size for _, size in self._storages.values())
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    for value in tree_iter(values):
+        if isinstance(value, torch.Tensor) and value.device.type != "meta":
+            yield value.untyped_storage()
