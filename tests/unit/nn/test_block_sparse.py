@@ -153,6 +153,7 @@ def test_what_is_no_neighbour_has_no_influence_and_no_gradient(way) -> None:
 def test_bfloat16_is_as_near_as_rounded_inputs_allow(way) -> None:
     adjacency_BCC = graph("random", 2, 5)
     *inputs, grad = [part.bfloat16() for part in random_heads(2, 5, 4, torch.float32)]
+    inputs[0] *= 16  # scores of 30, which bfloat16 resolves to 0.1, their weights to 10 %
     own_H = torch.tensor([0.8, -0.6])
     leaves = [part.requires_grad_() for part in inputs]
     found = attend_in_tiles(*leaves, own_H, adjacency_BCC)
@@ -167,7 +168,8 @@ def test_bfloat16_is_as_near_as_rounded_inputs_allow(way) -> None:
         strict=True,
     ):
         assert one.dtype == torch.bfloat16
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=0.06)
+        # Of the largest: slopes are differences of products rounded to 8 bits.
+        assert (one.double() - other).abs().max() < 0.03 * other.abs().max()
 
 
 def test_variate_that_may_not_see_itself_is_refused() -> None:
@@ -194,16 +196,32 @@ def peak_bytes(kind: str, variates: int, patches: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("kind", ["all", "chain"])
-def test_memory_stays_far_below_one_score_for_each_pair(kind: str, monkeypatch) -> None:
+def test_memory_stays_far_below_one_score_for_each_pair(way, monkeypatch) -> None:
     monkeypatch.setattr(score_tiles, "SCORES_AT_MOST", 2**14)
     variates, patches = 120, 6
     bytes_of_pairs = H * (variates * patches) ** 2 * 4
     bytes_of_tensor = H * WIDTH * variates * patches * 4
-    # Output, gradients and what is laid out anew: some 20 tensors; of a tile its scores and slopes.
-    allowed = 25 * bytes_of_tensor + 4 * score_tiles.SCORES_AT_MOST * 4
-    assert bytes_of_pairs > 4 * allowed
-    assert 8 * bytes_of_tensor < peak_bytes(kind, variates, patches) < allowed
+    # Output, gradients and what is laid out anew: some 20 tensors; of a tile its scores and slopes
+    # and, where they are gathered, keys, values and their gradients.
+    allowed = 25 * bytes_of_tensor + 6 * score_tiles.SCORES_AT_MOST * 4
+    assert bytes_of_pairs > 3 * allowed
+    assert 8 * bytes_of_tensor < peak_bytes("all", variates, patches) < allowed
+
+
+@pytest.mark.parametrize(("variates", "is_kept"), [(4 * WIDTH, True), (4 * WIDTH + 1, False)])
+def test_weights_are_kept_where_they_are_no_more_than_the_rest(
+    variates: int, is_kept: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr(block_sparse, "GATHERED_PAIR_COST", float("inf"))
+    *inputs, _ = random_heads(1, variates, 1, torch.float32)
+    leaves = [part.requires_grad_() for part in inputs]
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel()) or t, lambda t: t
+    ):
+        attend_in_tiles(*leaves, torch.zeros(H), graph("all", 1, variates))
+    heads = 4 * inputs[0].numel()
+    assert sum(sizes) == H + heads + is_kept * H * variates**2
 
 
 def test_reference_of_this_file_is_softmax_attention() -> None:
