@@ -17,8 +17,8 @@ from tsmoe.train.run_config import RunConfig
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.telemetry import StepCost, StepTelemetry
 
-SLOW_RANK, SLEEP = 1, 0.05
-STEPS = 4
+SLOW_RANK, SLEEP = 1, 0.2
+STEPS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +107,19 @@ def on_two_ranks(of_ranks) -> list[tuple[Measured, Measured]]:
     return [(measured, plain) for measured, plain, _ in of_ranks]
 
 
+def slowed(measured: Measured) -> StepCost:
+    """Return the slowed step that others on this machine disturbed least."""
+    costs = [cost for cost in measured.costs[2:] if cost is not None]
+    return min(costs, key=lambda cost: sum(cost.compute_seconds_R))
+
+
 @pytest.mark.parametrize("engine", DATA_PARALLEL)
 def test_wait_for_a_slow_ranks_gradients_is_communication(of_ranks, engine: str) -> None:
-    cost = of_ranks[0][2][engine].costs[3]
-    assert cost is not None
+    cost = slowed(of_ranks[0][2][engine])
     assert cost.slowest_rank == SLOW_RANK
-    assert SLEEP * 0.7 < cost.straggler_spread_seconds < SLEEP * 3
+    assert SLEEP * 0.6 < cost.straggler_spread_seconds < SLEEP * 3
     # The mean of two ranks, of which one waits as long as the other slept.
-    assert cost.reduce_seconds > SLEEP * 0.35
+    assert cost.reduce_seconds > SLEEP * 0.3
     assert cost.rows_moved_M == [0, 0]
     assert cost.all_to_all_seconds == 0
 
@@ -132,13 +137,11 @@ def test_ranks_are_told_the_same(on_two_ranks) -> None:
 
 
 def test_slow_rank_is_named_and_its_delay_measured(on_two_ranks) -> None:
-    costs = on_two_ranks[0][0].costs
-    assert costs[3] is not None
-    # The step before the last was slowed. The wait of the other rank is none of its compute time.
-    assert costs[3].slowest_rank == SLOW_RANK
-    # One sleep more or less is far from what two processes on a busy machine differ by.
-    assert SLEEP * 0.7 < costs[3].straggler_spread_seconds < SLEEP * 3
-    assert costs[3].communication_share > 0
+    cost = slowed(on_two_ranks[0][0])
+    assert cost.slowest_rank == SLOW_RANK
+    # The wait of the other rank is none of its compute time.
+    assert SLEEP * 0.6 < cost.straggler_spread_seconds < SLEEP * 3
+    assert cost.communication_share > 0
 
 
 def test_tokens_moved_are_those_whose_expert_is_on_another_rank(on_two_ranks) -> None:
@@ -151,8 +154,7 @@ def test_tokens_moved_are_those_whose_expert_is_on_another_rank(on_two_ranks) ->
 
 
 def test_time_in_all_to_all_is_measured_by_layer_and_direction(on_two_ranks) -> None:
-    cost = on_two_ranks[0][0].costs[-1]
-    assert cost is not None
+    cost = slowed(on_two_ranks[0][0])
     assert min(cost.forward_all_to_all_seconds_M) > 0
     assert min(cost.backward_all_to_all_seconds_M) > 0
     by_layer = sum(cost.forward_all_to_all_seconds_M) + sum(cost.backward_all_to_all_seconds_M)

@@ -93,40 +93,31 @@ def training_step(
         engine, micro_batches, targets, num_targets=counts[0], error_unit=error_unit,
         target_clip=target_clip, telemetry=telemetry,
     )  # fmt: skip
-    # One exchange for all; float64 keeps counts exact.
-    riding = telemetry.of_step_before() if telemetry is not None else []
-    extra = torch.tensor([*map(float, flags), *riding], dtype=torch.float64)
-    parts = (sums.error[None], sums.load_ME.flatten().double(), sums.margin_M,
-             extra.to(ranks.device))  # fmt: skip
-    summed = ranks.sum(torch.cat(parts))
-    # The only wait for the device before the update.
-    (num_targets, num_points, num_tokens, num_sequences), (error,), load, margin, extra = (
-        torch.cat((counts, summed)).cpu().split([len(counts), *map(len, parts)])
-    )
-    load_ME = load.long().reshape(sums.load_ME.shape)
-    if num_targets == 0:
+    totals = _sum_over_ranks(ranks, counts, sums, flags=flags, telemetry=telemetry)
+    if totals.num_targets == 0:
         raise TrainingError(
             f"step {step}: no point of the batch can be a target; check the corpus for gaps"
         )
-    if not torch.isfinite(error):
+    if not math.isfinite(totals.error):
         _stop("loss", step, ranks, micro_batches, sums.terms, series_name)
     grad_norm = engine.update(lr=lr).grad_norm
     if not math.isfinite(grad_norm):
         _stop("gradient", step, ranks, micro_batches, sums.terms, series_name)
     if balance_rate:
-        for router, load_E in zip(engine.model.routers(), load_ME.to(ranks.device), strict=True):
+        load_ME = totals.load_ME.to(ranks.device)
+        for router, load_E in zip(engine.model.routers(), load_ME, strict=True):
             router.balance.update(load_E, rate=balance_rate)
     return StepReport(
-        loss=error.item() / num_targets.item(),
-        num_points=int(num_points),
-        num_tokens=int(num_tokens),
-        num_sequences=int(num_sequences),
+        loss=totals.error / totals.num_targets,
+        num_points=totals.num_points,
+        num_tokens=totals.num_tokens,
+        num_sequences=totals.num_sequences,
         grad_norm=grad_norm,
         lr=lr,
-        load_ME=load_ME,
-        margin_M=margin / load_ME.sum(-1),
-        flags=tuple(int(flag) for flag in extra[: len(flags)]),
-        cost_before=None if telemetry is None else telemetry.read(extra[len(flags) :].tolist()),
+        load_ME=totals.load_ME,
+        margin_M=totals.margin_M,
+        flags=totals.flags,
+        cost_before=totals.cost_before,
     )
 
 
@@ -185,6 +176,53 @@ def _forward_and_backward(
             margin_M[layer] += torch.where(decisions > 0, routing.margin * decisions, 0)
         terms.append(replace(term, error_B=term.error_B.detach()))
     return _PassSums(error=error_sum, load_ME=load_ME, margin_M=margin_M, terms=terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Totals:
+    """What all ranks' micro-batches gave together, on the host; see `StepReport`."""
+
+    num_targets: int
+    num_points: int
+    num_tokens: int
+    num_sequences: int
+    error: float
+    load_ME: Tensor
+    margin_M: Tensor
+    flags: tuple[int, ...]
+    cost_before: StepCost | None
+
+
+def _sum_over_ranks(
+    ranks: Ranks,
+    counts: Tensor,
+    sums: _PassSums,
+    *,
+    flags: Sequence[bool],
+    telemetry: StepTelemetry | None,
+) -> _Totals:
+    """Sum all that a step wants to know in one exchange, and wait for it: the only such wait."""
+    riding = telemetry.of_step_before() if telemetry is not None else []
+    extra = torch.tensor([*map(float, flags), *riding], dtype=torch.float64)
+    # float64 keeps counts exact.
+    parts = (sums.error[None], sums.load_ME.flatten().double(), sums.margin_M,
+             extra.to(ranks.device))  # fmt: skip
+    summed = ranks.sum(torch.cat(parts))
+    on_host = torch.cat((counts, summed)).cpu()
+    numbers, (error,), load, margin_M, extra = on_host.split([len(counts), *map(len, parts)])
+    num_targets, num_points, num_tokens, num_sequences = map(int, numbers)
+    load_ME = load.long().reshape(sums.load_ME.shape)
+    return _Totals(
+        num_targets=num_targets,
+        num_points=num_points,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        error=error.item(),
+        load_ME=load_ME,
+        margin_M=margin_M / load_ME.sum(-1),
+        flags=tuple(map(int, extra[: len(flags)])),
+        cost_before=None if telemetry is None else telemetry.read(extra[len(flags) :].tolist()),
+    )
 
 
 def _counts(
