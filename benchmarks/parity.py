@@ -1,7 +1,7 @@
 """Equal losses for every way to run the same steps, and after a kill.
 
 Runs the tiny preset for some steps on one process, two ranks data parallel, and two ranks with
-experts in parallel under ZeRO 1 and 2, and compares losses and gradient norms with those of the one
+experts in parallel under ZeRO 1, 2 and 3, and compares losses and gradient norms with those of the one
 process. Then kills a two-rank run with SIGKILL at a random step, starts it again, and compares with
 the run that was left alone.
 
@@ -35,6 +35,13 @@ WAYS: dict[str, tuple[int, list[str]]] = {
     "2 ranks DeepSpeed, expert parallel 2, ZeRO 2, accumulation 2": (
         2, [DEEPSPEED, "engine.expert_parallel_size=2", "engine.zero_stage=2",
             "training.micro_batch_size=32"]),
+    "2 ranks DeepSpeed, expert parallel 2, ZeRO 3": (
+        2, [DEEPSPEED, "engine.expert_parallel_size=2", "engine.zero_stage=3"]),
+    "2 ranks DeepSpeed, expert parallel 1, ZeRO 3, offload, accumulation 2": (
+        2, [DEEPSPEED, "engine.expert_parallel_size=1", "engine.zero_stage=3",
+            "engine.offloads_optimizer=true", "training.micro_batch_size=32"]),
+    "2 ranks DeepSpeed, expert parallel 2, ZeRO 1, offload": (
+        2, [DEEPSPEED, "engine.expert_parallel_size=2", "engine.offloads_optimizer=true"]),
 }  # fmt: skip
 
 
