@@ -141,8 +141,8 @@ def worker(number: int, output: Path) -> None:
             )  # fmt: skip
     size = config.expert_parallel_size(ranks.size)
     load_MGe = report.load_ME.double().unflatten(1, (size, -1))
-    load_MG = load_MGe.sum(-1)
-    imbalance = float((load_MG.amax(1) / load_MG.mean(1)).mean())
+    load_G = load_MGe.sum((0, 2))
+    imbalance = float(load_G.amax() / load_G.mean())
     peaks = ranks.gather(storages.peak)
     if ranks.is_first:
         output.write_text(json.dumps({"peaks": peaks, "imbalance": imbalance}))
@@ -187,9 +187,11 @@ def main() -> None:
     for number in args.only or range(len(CASES)):
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "found.json"
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            launch += [f"--nproc_per_node={CASES[number][1]}", __file__]
-            launch += ["--worker", str(number), str(output)]
+            launch = [sys.executable]
+            if CASES[number][1] > 1:  # accelerate would wrap one launched process in DDP
+                launch += ["-m", "torch.distributed.run", "--standalone"]
+                launch += [f"--nproc_per_node={CASES[number][1]}"]
+            launch += [__file__, "--worker", str(number), str(output)]
             subprocess.run(launch, check=True, env=environment(), stderr=subprocess.DEVNULL)
             rows.append(compare(number, json.loads(output.read_text())))
         print(f"{number:2} {rows[-1]['error']:+.1%}  {json.dumps(rows[-1])}", flush=True)

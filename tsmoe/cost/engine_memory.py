@@ -11,10 +11,6 @@ from tsmoe.cost.parameters import ParameterSize
 from tsmoe.cost.timeline import Timeline
 
 _FLOAT32 = 4
-# DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance.
-_MOST_GATHERED = 1_000_000_000
-# DeepSpeed's stage3_prefetch_bucket_size.
-_PREFETCHED = 50_000_000
 
 
 def owned_elements(
@@ -244,15 +240,23 @@ class ZeroThreeMemory(ZeroTwoMemory):
         """Gather: what the backward pass will use again soon enough is not let go in between."""
         super().forward_begins()
         count = sum(p.numel for p in self.parameters if self._is_gathered(p))
-        self.gathered = min(count, _MOST_GATHERED)
+        self.gathered = min(count, self.layout.gathered_elements)
         self.time.take("weights", self.weight * self.gathered)
         # What is gathered together comes in one buffer and is copied out of it one by one.
-        self.time.take("working", self.weight * min(count, _PREFETCHED))
+        self.time.take(
+            "working",
+            self.weight
+            * min(count, self.layout.prefetched_elements, self.layout.gathered_elements),
+        )
 
     def blocks_end(self) -> None:
         """Let the buffer of gathered weights go."""
         count = sum(p.numel for p in self.parameters if self._is_gathered(p))
-        self.time.give("working", self.weight * min(count, _PREFETCHED))
+        self.time.give(
+            "working",
+            self.weight
+            * min(count, self.layout.prefetched_elements, self.layout.gathered_elements),
+        )
 
     def gradient_came(self, parameter: ParameterSize) -> None:
         """Copy it into the bucket, which holds gradients of one group of ranks only."""

@@ -37,6 +37,10 @@ class Layout:
     bucket_elements: int = BUCKET_ELEMENTS
     """Elements of DeepSpeed's reduction bucket, which it allocates whole; never more than there are
     parameters."""
+    gathered_elements: int = 1_000_000_000
+    """Elements of weights that stage 3 may keep gathered."""
+    prefetched_elements: int = 50_000_000
+    """Elements of weights that stage 3 gathers together."""
     overlaps_reduction: bool = False
     """Gradients are reduced beside the backward pass."""
     wire_precision: Literal["same", "bf16"] = "same"
@@ -110,5 +114,10 @@ def layout_of(config: RunSettings, world_size: int, *, is_on_gpu: bool) -> Layou
         zero_stage=zero["stage"],
         offloads_optimizer=engine.offloads_optimizer,
         bucket_elements=int(zero["reduce_bucket_size"]),
+        gathered_elements=min(
+            int(zero.get(f"stage3_max_{key}", 1e9)) for key in ("live_parameters", "reuse_distance")
+        ),
+        prefetched_elements=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+        wire_precision=engine.wire_precision,
         overlaps_reduction=bool(zero.get("overlap_comm", zero["stage"] == 3)),
     )

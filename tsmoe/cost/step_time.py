@@ -28,6 +28,7 @@ class StepTime:
 
     compute: float
     all_to_all: float
+    """Of rows and their counts, less what hides behind the shared experts."""
     reduction: float
     """Of gradients, less what hides behind the backward pass."""
     gather: float
@@ -70,12 +71,15 @@ def predict_step(
     seconds = {"all_to_all": 0.0, "all_reduce": 0.0, "reduce_scatter": 0.0, "all_gather": 0.0}
     for exchange in exchanges(model, layout, variates=variates, imbalance=imbalance):
         seconds[exchange.kind] += exchange.calls * exchange_seconds(exchange, machine)
+    all_to_all = seconds["all_to_all"]
+    if machine.is_gpu:
+        all_to_all -= _hidden_all_to_all(model, layout, machine, variates, imbalance)
     reduction = seconds["all_reduce"] + seconds["reduce_scatter"]
     if layout.overlaps_reduction or not layout.zero_stage:
         reduction = max(0.0, reduction - _BACKWARD_SHARE * compute / layout.accumulation_steps)
     parts = {
         "compute": compute,
-        "all_to_all": seconds["all_to_all"],
+        "all_to_all": all_to_all,
         "reduction": reduction,
         "gather": seconds["all_gather"],
         "update": _update_seconds(model, layout, machine),
@@ -106,6 +110,30 @@ def exchange_seconds(exchange: Exchange, machine: Machine) -> float:
         away = exchange.bytes_out * (exchange.ranks - on_node) / (exchange.ranks - 1)
         return machine.latency.value + max(away / network, (exchange.bytes_out - away) / link)
     return machine.latency.value + exchange.bytes_out / min(link, on_node * network)
+
+
+def _hidden_all_to_all(
+    model: TimeTrackerConfig, layout: Layout, machine: Machine, variates: int, imbalance: float
+) -> float:
+    """Seconds of exchange that pass beside the shared experts: of rows to experts, and back again.
+
+    Forward it is the way there, backward the gradients' way back: half of what rows travel.
+    """
+    rows = [
+        exchange
+        for exchange in exchanges(model, layout, variates=variates, imbalance=imbalance)
+        if exchange.what == "rows of tokens"
+    ]
+    if not rows:
+        return 0.0
+    windows = layout.micro_batch_size
+    flops = training_flops(model, windows=windows, variates=variates, attended_variates=1)
+    # One of three parts of the operations is the forward pass, two are the backward pass.
+    forward = flops.shared_experts / 3 / model.num_layers / machine.flops.value
+    one = exchange_seconds(rows[0], machine)
+    passes = model.num_layers * layout.accumulation_steps
+    times_forward = 2 if layout.recomputes else 1
+    return passes * (times_forward * min(one, forward) + min(one, 2 * forward))
 
 
 def _computed(model: TimeTrackerConfig, layout: Layout, variates: int, imbalance: float) -> float:
