@@ -1,9 +1,9 @@
 """Equal losses for every way to run the same steps, and after a kill.
 
 Runs the tiny preset for some steps on one process, two ranks data parallel, and two ranks with
-experts in parallel under ZeRO 1, 2 and 3, and compares losses and gradient norms with those of the one
-process. Then kills a two-rank run with SIGKILL at a random step, starts it again, and compares with
-the run that was left alone.
+experts in parallel under ZeRO 1, 2 and 3, and compares losses and gradient norms with those of the
+one process. Then kills a two-rank run with SIGKILL at a random step, starts it again, and compares
+with the run that was left alone.
 
     python benchmarks/parity.py --steps 20
 """
