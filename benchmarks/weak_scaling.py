@@ -6,7 +6,7 @@ they never talk: two independent runs at the same time are a second yardstick. A
 From a step's collectives, traced without communication, and the speed of gloo follows a prediction
 of the two ranks' step, which is compared with what was measured.
 
-    python benchmarks/weak_scaling.py            # tiny preset, widths 256 and 512
+    python benchmarks/weak_scaling.py            # widths 64 (the tiny preset), 256 and 512
     python benchmarks/weak_scaling.py --quick    # the tiny preset only, few rounds
 """
 
@@ -26,7 +26,13 @@ from tsmoe.moe.layer import MoEConfig
 from tsmoe.train.run_config import RunConfig, resolve
 
 # Width, windows of 14 tokens a rank and step, steps of a turn.
-SIZES = {"tiny": (64, 64, 4), "d256": (256, 64, 1), "d512": (512, 64, 1)}
+SIZES = {
+    "tiny_64_windows": (64, 64, 6),
+    "tiny_256_windows": (64, 256, 2),
+    "d256_64_windows": (256, 64, 1),
+    "d256_256_windows": (256, 256, 1),
+    "d512_128_windows": (512, 128, 1),
+}
 TURNS = ("alone", "independent", "data_parallel", "expert_parallel")
 SMALL_BYTES, LARGE_BYTES = 4096, 4 * 2**20
 
@@ -161,12 +167,12 @@ def traces(name: str) -> dict[str, tuple[FakeRank, RunConfig]]:
 def main() -> None:
     """Measure each size and record it with its prediction."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="the tiny preset, 3 rounds")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     network = gloo()
-    names = ["tiny"] if args.quick else list(SIZES)
+    names = [next(iter(SIZES))] if args.quick else list(SIZES)
     rounds = 3 if args.quick else args.rounds
     results: dict[str, Any] = {
         "rounds": rounds,
