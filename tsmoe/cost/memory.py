@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from tsmoe.models.time_tracker import TimeTrackerConfig
 
 _FLOAT32 = 4
-# Of moe/experts.py and moe/piecewise_pass.py.
-_FEW_ROWS = 64
-_PIECE_ROWS = 1024
+# Of moe/piecewise_pass.py.
+_PIECE_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +76,9 @@ def rows_of(model: TimeTrackerConfig, layout: Layout, *, variates: int, imbalanc
         return rows
     is_grouped = moe.compute == "grouped"
     if moe.compute == "auto":
-        # As `Experts` chooses: on a GPU grouped products are promised for bf16 only.
-        few = _FEW_ROWS * moe.num_experts // layout.expert_parallel_size
-        is_grouped = layout.precision == "bf16" if layout.is_on_gpu else rows.received < few
+        # As `Experts` chooses: on a GPU grouped products are promised for bf16 only. A processor
+        # groups only few rows, and only where float32 is MKL's: too small to tell the two apart.
+        is_grouped = layout.is_on_gpu and layout.precision == "bf16"
     return replace(rows, is_grouped=is_grouped)
 
 
@@ -270,7 +269,7 @@ class _Step:
         else:
             # Scratch for one piece of the rows at a time.
             scratch = min(_PIECE_ROWS, rows.received)
-            width = 2 * model.d_model + 4 * moe.d_ff_expert
+            width = 2 * model.d_model + 5 * moe.d_ff_expert
             units = received if rows.is_remote else self.tokens_bytes
             with self.time.working(units + scratch * width * numerics.element):
                 self.engine.gradients_came(f"{name}.experts")
