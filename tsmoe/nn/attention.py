@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tsmoe.nn.causal_attention import attend_to_past
 from tsmoe.nn.graph_attention import attend_over_graph
+from tsmoe.nn.query_key_value import QueryKeyValue, wants_pairs
 from tsmoe.nn.rotary import rotary_tables, split_rotated
 from tsmoe.nn.spans import SeriesSpans
 
@@ -33,7 +34,7 @@ class AnyVariateAttention(nn.Module):
         self.num_heads = num_heads
         self.head_width = d_model // num_heads
         self.rotary_base = rotary_base
-        self.query_key_value = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.query_key_value = QueryKeyValue(d_model, num_heads)
         self.output = nn.Linear(d_model, d_model, bias=False)
         self.same_variate_bias_H = nn.Parameter(torch.zeros(num_heads))
         self.other_variate_bias_H = nn.Parameter(torch.zeros(num_heads))
@@ -59,8 +60,10 @@ class AnyVariateAttention(nn.Module):
         tokens_XND = tokens_BCND.flatten(0, 1)
         time_index_N = torch.arange(patches, device=tokens_BCND.device)
         tables = rotary_tables(time_index_N, self.head_width, base=self.rotary_base)
-        projected_XN3Hd = self.query_key_value(tokens_XND).unflatten(-1, (3, self.num_heads, -1))
-        heads = split_rotated(projected_XN3Hd, *tables)
+        is_paired = wants_pairs(tokens_XND)
+        projected_XN3D = self.query_key_value(tokens_XND, is_paired=is_paired)
+        projected_XN3Hd = projected_XN3D.unflatten(-1, (3, self.num_heads, -1))
+        heads = split_rotated(projected_XN3Hd, *tables, is_paired=is_paired)
         if adjacency_BCC is None:
             query, key, value = (part_XNHd.transpose(1, 2) for part_XNHd in heads)
             is_past_X1NN = None if spans is None else spans.is_past().flatten(0, 1).unsqueeze(1)

@@ -25,7 +25,7 @@ def rotary_tables(time_index_S: Tensor, head_width: int, *, base: float) -> tupl
 
 
 def split_rotated(
-    projected_XS3Hd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor
+    projected_XS3Hd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, *, is_paired: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return query_XSHd, key_XSHd and value_XSHd, each pair of coordinates turned by its angle.
 
@@ -35,7 +35,16 @@ def split_rotated(
     the model width instead of five. One node of the graph: left to autograd, the halves of each
     head and the three parts would be copied together again and again, a sixth of a layer's time
     between its projections on CPU.
+
+    Args:
+        projected_XS3Hd: in one piece; of queries, keys and values.
+        cos_Sd: of the angles, see `rotary_tables`.
+        sin_Sd: of the angles.
+        is_paired: whether coordinates that turn together are neighbours, as they are in what comes
+            back then; else they are half a head apart.
     """
+    if is_paired:
+        return _TurnedPairs.apply(projected_XS3Hd, torch.complex(cos_Sd, sin_Sd))
     cos_Sd, sin_Sd = cos_Sd.to(projected_XS3Hd.dtype), sin_Sd.to(projected_XS3Hd.dtype)
     if torch.compiler.is_compiling():
         return _split_rotated_plainly(projected_XS3Hd, cos_Sd, sin_Sd)
@@ -82,3 +91,37 @@ class _SplitRotated(torch.autograd.Function):
             torch.mul(second, cos_S1d, out=grad_second).addcmul_(first, sin_S1d, value=-1)
         grad_XS3Hd[:, :, 2] = grad_value_XSHd
         return grad_XS3Hd, None, None
+
+
+class _TurnedPairs(torch.autograd.Function):
+    """Multiply pairs as complex numbers, all heads of queries and keys in one go."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, projected_XS3Hd: Tensor, turn_Sd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(turn_Sd)
+        _turn_pairs(projected_XS3Hd, turn_Sd)
+        query_XSHd, key_XSHd, value_XSHd = projected_XS3Hd.unbind(2)
+        return query_XSHd, key_XSHd, value_XSHd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads_XSHd: Tensor) -> tuple[Tensor, None]:
+        (turn_Sd,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_XS3Hd = torch.stack(grads_XSHd, dim=2)
+        _turn_pairs(grad_XS3Hd, turn_Sd.conj())
+        return grad_XS3Hd, None
+
+
+def _turn_pairs(parts_XS3Hd: Tensor, turn_Sd: Tensor) -> None:
+    """Turn queries and keys in place."""
+    parts_XS2Hd = parts_XS3Hd[:, :, :2]
+    # There are no complex numbers of half precision; float32 at least.
+    exact_XS2Hd = parts_XS2Hd.to(torch.promote_types(parts_XS3Hd.dtype, torch.float32))
+    pairs = torch.view_as_complex(exact_XS2Hd.view(*exact_XS2Hd.shape[:2], -1, 2))
+    heads = pairs.shape[-1] // turn_Sd.shape[-1]
+    # One row for all heads: inner loops are as long as a token is wide.
+    pairs.mul_(turn_Sd.repeat(1, heads).to(pairs.dtype))
+    if exact_XS2Hd.dtype != parts_XS3Hd.dtype:
+        parts_XS2Hd.copy_(exact_XS2Hd)
