@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -47,7 +48,7 @@ class Layout:
     """Of rows between ranks."""
     is_on_gpu: bool = True
 
-    @property
+    @functools.cached_property
     def numerics(self) -> Numerics:
         """What the layout computes with."""
         is_bf16 = self.precision == "bf16"

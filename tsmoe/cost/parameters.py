@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ class ParameterSize:
     """Attention biases between variates rest in channel-independent pretraining."""
 
 
+@functools.cache
 def parameter_sizes(
     model: TimeTrackerConfig, *, expert_parallel_size: int = 1
 ) -> tuple[ParameterSize, ...]:

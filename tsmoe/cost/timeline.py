@@ -26,11 +26,7 @@ class Timeline:
     def __init__(self) -> None:
         self._held: Counter[str] = Counter()
         self._peak: Counter[str] = Counter()
-
-    @property
-    def held(self) -> int:
-        """Bytes held now."""
-        return self._held.total()
+        self._total = self._most = 0
 
     @property
     def peak(self) -> dict[str, int]:
@@ -38,14 +34,16 @@ class Timeline:
         return {part: self._peak[part] for part in PARTS}
 
     def take(self, part: str, size: int) -> None:
-        """Hold more of a part; a negative size gives back."""
+        """Hold more of a part."""
         self._held[part] += size
-        if self._held.total() > self._peak.total():
-            self._peak = self._held.copy()
+        self._total += size
+        if self._total > self._most:
+            self._most, self._peak = self._total, self._held.copy()
 
     def give(self, part: str, size: int) -> None:
         """Give back."""
         self._held[part] -= size
+        self._total -= size
 
     @contextmanager
     def working(self, size: int) -> Iterator[None]:
