@@ -12,7 +12,10 @@ from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.engine.plain_engine import PlainEngine
 from tsmoe.models import build_model
 from tsmoe.models.time_tracker import TimeTracker, TimeTrackerConfig
-from tsmoe.moe.layer import MoEConfig
+from tsmoe.moe.assignment import Assignment
+from tsmoe.moe.experts import Experts
+from tsmoe.moe.layer import MoEConfig, MoELayer
+from tsmoe.moe.routers import SequenceRouterConfig
 from tsmoe.ranks import CommunicationMeter, Ranks
 from tsmoe.train.step import training_step
 from tsmoe.train.telemetry import StepCost, StepTelemetry
@@ -95,3 +98,44 @@ def test_cost_of_a_step_is_measured_on_the_device() -> None:
     assert 0 <= cost.reduce_seconds < cost.step_seconds
     assert cost.all_to_all_seconds == 0
     assert 0 < cost.memory_bytes_R[0] <= torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.parametrize("counts", [[40, 0, 24, 0], [0, 0, 64, 0]])
+def test_grouped_products_equal_the_loop_and_leave_idle_experts_at_zero(counts: list[int]) -> None:
+    found = {}
+    for compute in ("loop", "grouped"):
+        experts = Experts(
+            d_model=64, d_ff=32, num_experts=4, layer_index=0, num_layers=1, seed=0,
+            compute=compute,
+        ).to("cuda", torch.bfloat16)  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        units_UND = torch.randn(64, 1, 64, generator=generator).to("cuda", torch.bfloat16)
+        units_UND.requires_grad_()
+        weights_UK = torch.rand(64, 1, generator=generator).cuda().requires_grad_()
+        counts_E = torch.tensor(counts, device="cuda")
+        assignment = Assignment(order_M=torch.arange(64, device="cuda"), counts_E=counts_E, top_k=1)
+        answers_UND = experts(units_UND, weights_UK, assignment)
+        answers_UND.float().square().sum().backward()
+        gradients = [p.grad for p in experts.parameters()]
+        for gradient in gradients:
+            is_busy = gradient.float().abs().amax((1, 2)) > 0
+            assert is_busy.tolist() == [count > 0 for count in counts]
+        found[compute] = [answers_UND, units_UND.grad, weights_UK.grad, *gradients]
+    for loop, grouped in zip(found["loop"], found["grouped"], strict=True):
+        error = (loop.float() - grouped.float()).norm() / loop.float().norm()
+        assert error < 2e-2  # bf16 has 8 bits of mantissa
+
+
+def test_grouped_products_with_one_rank_never_wait_for_the_device() -> None:
+    tokens_BCND = torch.randn(8, 1, 8, 64, device="cuda", dtype=torch.bfloat16)
+    for mode in ("sequence", "prefix", "token"):
+        layer = MoELayer(
+            MoEConfig(d_ff_expert=32, d_ff_shared=32, router=SequenceRouterConfig(mode=mode)),
+            d_model=64, layer_index=0, num_layers=1, seed=0,
+        ).to("cuda", torch.bfloat16)  # fmt: skip
+        layer(tokens_BCND, None)[0].float().square().sum().backward()  # warms up
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(tokens_BCND, None)[0].float().square().sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 
+def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Count how often each expert is chosen, int64. Not bincount: on CUDA that would wait."""
+    ids_M = expert_ids.flatten()
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_M.device)
+    return counts_E.scatter_add_(0, ids_M, torch.ones_like(ids_M))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
     """The choices of some units, in order of expert."""

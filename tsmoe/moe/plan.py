@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsmoe.moe.assignment import Assignment
+from tsmoe.moe.assignment import Assignment, count_choices
 from tsmoe.moe.routing import Routing
 from tsmoe.ranks import ExchangeLabel, Ranks
 
@@ -59,7 +59,7 @@ def plan_dispatch(routing: Routing, ranks: Ranks, *, layer_index: int) -> Dispat
         place_U = routing.is_token_BCN.flatten().nonzero()[:, 0]
         expert_ids_UK = expert_ids_UK[place_U]
         # The load may count series, which are no unit here.
-        counts_E = expert_ids_UK.flatten().bincount(minlength=len(routing.load_E))
+        counts_E = count_choices(expert_ids_UK, len(routing.load_E))
     if ranks.size == 1:
         assignment = Assignment.of(expert_ids_UK, counts_E)
         return DispatchPlan(place_U=place_U, assignment=assignment, arrivals=None)

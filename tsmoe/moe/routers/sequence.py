@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tsmoe.config import Section
+from tsmoe.moe.assignment import count_choices
 from tsmoe.moe.routers.load_bias import LoadBias
 from tsmoe.moe.routing import Decision, Routing
 from tsmoe.nn.spans import SeriesSpans, mean_within
@@ -100,7 +101,7 @@ class SequenceRouter(nn.Module):
         missed = values[..., self.top_k :]  # empty where all experts are chosen
         return Decision(
             expert_ids_BCNK=expert_ids_BCNK,
-            load_E=torch.bincount(counted.flatten(), minlength=num_experts),
+            load_E=count_choices(counted, num_experts),
             margin=(values[..., self.top_k - 1 : self.top_k] - missed).mean(),
         )
 
