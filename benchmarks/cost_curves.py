@@ -35,7 +35,7 @@ from tsmoe.nn.patch import num_patches
 from tsmoe.ranks import Ranks
 from tsmoe.train.stages import prepare_pretraining
 
-BALANCING_PASSES = 60
+BALANCING_PASSES = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,11 @@ def curves(*, quick: bool) -> dict[str, list[Point]]:
         Point(name=str(count), model=model(256, experts=count), windows=128)
         for count in (4, 8, 16, 32, 64, 128)[::every]
     ]
+    # What grows with experts is reading weights and writing gradients, whatever the tokens.
+    experts_of_many = [
+        Point(name=str(count), model=model(256, experts=count), windows=512)
+        for count in ((8, 128) if quick else (8, 32, 128))
+    ]
     contexts = [
         Point(
             name=str(length),
@@ -86,6 +91,7 @@ def curves(*, quick: bool) -> dict[str, list[Point]]:
     ]
     return {
         "experts": experts,
+        "experts_512_windows": experts_of_many,
         "context": contexts,
         "variates": variates,
         "micro_batch": micro_batches,
@@ -102,7 +108,7 @@ class Trainee:
             prepare_pretraining(network)
         self.engine = PlainEngine(network, OptimizerConfig(), precision="fp32", ranks=Ranks())
         self.batch = _random_walks(point)
-        self.adjacency_BCC = None if point.neighbours is None else _ring(point)
+        self.adjacency_BCC = None if point.neighbours is None else _random_graph(point)
         if balances:
             self._balance()
 
@@ -140,7 +146,7 @@ class Trainee:
             for number in range(BALANCING_PASSES):
                 routings = self._routings()
                 for router, routing in zip(self.engine.model.routers(), routings, strict=True):
-                    router.balance.update(routing.load_E, rate=0.03 * 0.93**number)
+                    router.balance.update(routing.load_E, rate=0.03 * 0.9**number)
 
     def _routings(self) -> Sequence[Any]:
         few, length = slice(0, 32), self.point.model.context_length
@@ -161,7 +167,7 @@ def _random_walks(point: Point) -> WindowBatch:
     )
 
 
-def _ring(point: Point) -> Tensor:
+def _random_graph(point: Point) -> Tensor:
     """Each variate looks at itself and at others, drawn at random: graphs are not banded."""
     count, neighbours = point.variates, point.neighbours
     assert neighbours is not None
@@ -258,7 +264,7 @@ def growth(curve: list[dict[str, Any]], first: str) -> dict[str, float]:
 def main() -> None:
     """Measure all curves and record them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="fewer points, one round")
     parser.add_argument("--only", help="one curve")
     args = parser.parse_args()
@@ -268,7 +274,7 @@ def main() -> None:
         if args.only in (None, name):
             rounds = 1 if args.quick else args.rounds
             begun = time.perf_counter()
-            curve = measure(points, rounds=rounds, balances=name == "experts")
+            curve = measure(points, rounds=rounds, balances="experts" in name)
             first = "8" if any(point.name == "8" for point in points) else points[0].name
             results[name] = {"points": curve, "growth": growth(curve, first)}
             print(name, round(time.perf_counter() - begun), "s", results[name], flush=True)
