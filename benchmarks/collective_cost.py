@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fake_ranks import Collective
 
@@ -35,9 +35,19 @@ class Network:
     between: Mapping[str, Link]
 
     def link(self, call: Collective) -> Link:
-        """The slowest link that a collective crosses."""
+        """The link that a collective is bound by.
+
+        A ring that passes through several ranks of a node leaves it once, so that the node's
+        network cards share what crosses nodes; no faster than the links inside.
+        """
         nodes = {member // self.ranks_per_node for member in call.members}
-        return (self.inside if len(nodes) == 1 else self.between)[call.kind]
+        inside, between = self.inside[call.kind], self.between[call.kind]
+        if len(nodes) == 1:
+            return inside
+        if call.kind == EXCHANGE:
+            return between
+        shared = between.bytes_per_second * len(call.members) / len(nodes)
+        return replace(between, bytes_per_second=min(shared, inside.bytes_per_second))
 
 
 def bytes_out(call: Collective, *, rows: int) -> float:
@@ -54,8 +64,13 @@ def bytes_out(call: Collective, *, rows: int) -> float:
 
 
 def steps(call: Collective) -> int:
-    """Messages that follow one another: a tree there and back to reduce, a ring to gather."""
+    """Messages that follow one another.
+
+    A tree there and back to reduce, a ring to gather; in an exchange all are on their way at once.
+    """
     count = len(call.members)
+    if call.kind == EXCHANGE:
+        return 1
     return 2 * math.ceil(math.log2(count)) if call.kind == ALL_REDUCE else count - 1
 
 

@@ -18,6 +18,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,23 @@ GPU = GPUS["h100"]
 MODEL_FLOPS_UTILISATION = 0.40
 LINK_SHARE = 0.8
 NETWORK_BYTES_PER_SECOND = 50e9  # 400 Gbit/s for each GPU
+LATENCY_SECONDS = {
+    "inside": {ALL_REDUCE: 3e-6, ALL_GATHER: 2e-6, EXCHANGE: 12e-6},
+    "between": {ALL_REDUCE: 8e-6, ALL_GATHER: 3e-6, EXCHANGE: 25e-6},
+}
+
+
+def _links(place: str, bytes_per_second: float) -> dict[str, Link]:
+    return {
+        kind: Link(latency_seconds=seconds, bytes_per_second=LINK_SHARE * bytes_per_second)
+        for kind, seconds in LATENCY_SECONDS[place].items()
+    }
+
+
 ASSUMED = Network(
     ranks_per_node=8,
-    inside=dict.fromkeys(
-        KINDS, Link(latency_seconds=3e-6, bytes_per_second=LINK_SHARE * GPU.link_bandwidth)
-    ),
-    between={
-        ALL_REDUCE: Link(
-            latency_seconds=8e-6, bytes_per_second=LINK_SHARE * NETWORK_BYTES_PER_SECOND
-        ),
-        ALL_GATHER: Link(
-            latency_seconds=3e-6, bytes_per_second=LINK_SHARE * NETWORK_BYTES_PER_SECOND
-        ),
-        EXCHANGE: Link(
-            latency_seconds=8e-6, bytes_per_second=LINK_SHARE * NETWORK_BYTES_PER_SECOND
-        ),
-    },
+    inside=_links("inside", GPU.link_bandwidth),
+    between=_links("between", NETWORK_BYTES_PER_SECOND),
 )
 # Standard deviation of a rank's compute time: the slowest of many makes the others wait.
 JITTER = 0.01
@@ -124,7 +126,7 @@ def fit_together(world_size: int, size: int) -> dict[str, Any]:
 
 
 def full_size(world_size: int, size: int) -> tuple[FakeRank, dict[str, Any]]:
-    """Run the last rank of the preset as it is, with one window."""
+    """Run the last rank of the preset in its full size, with one window."""
     (rank,) = fake_run(large_config(world_size, size, []), [world_size - 1], world_size)
     found = rank_mistakes([rank], expert_parallel_size=size)
     if found:
@@ -184,8 +186,24 @@ def windows_of_ranks(world_size: int, corpus: Corpus, *, stride: int = 1) -> dic
     return {"ranks_checked": len(seen), "seconds": round(time.perf_counter() - begun, 1)}
 
 
-def predicted(rank: FakeRank, config: RunConfig, *, windows: int) -> dict[str, float]:
+def in_a_larger_world(rank: FakeRank, world_size: int) -> FakeRank:
+    """Say what a rank that shares no experts would do among more: the same, with all of them."""
+    everyone = tuple(range(world_size))
+    return replace(
+        rank,
+        rank=world_size - 1,
+        world_size=world_size,
+        collectives=tuple(replace(call, members=everyone) for call in rank.collectives),
+        partitions=tuple(
+            replace(part, size=-(-part.num_elements // world_size), members=everyone)
+            for part in rank.partitions
+        ),
+    )
+
+
+def predicted(rank: FakeRank, *, windows: int) -> dict[str, float]:
     """Predict a step of so many windows a rank on the assumed GPUs, in milliseconds."""
+    config = resolve("time_tracker_large", [])
     feed_forward = config.model.feed_forward
     assert isinstance(feed_forward, MoEConfig)
     flops = training_flops(config.model, windows=windows).total
@@ -196,11 +214,9 @@ def predicted(rank: FakeRank, config: RunConfig, *, windows: int) -> dict[str, f
     rows = windows * patches * feed_forward.router.top_k
     parts = predict(rank.collectives, ASSUMED, rows=rows)
     jitter = compute * JITTER * math.sqrt(2 * math.log(rank.world_size))
-    alone = compute + OPTIMIZER_BYTES * sum(p.num_elements for p in rank.partitions) / (
-        GPU.memory_bandwidth
-    )
     after_backward = parts["all_reduce"] + parts["all_gather"]
-    step = compute + optimizer + jitter + sum(parts.values())
+    useful = compute + optimizer
+    step = useful + jitter + sum(parts.values())
     # The gradients of a block can be reduced while those of earlier blocks are computed.
     hidden = min(parts["all_reduce"], compute * 2 / 3)
     return {
@@ -211,8 +227,8 @@ def predicted(rank: FakeRank, config: RunConfig, *, windows: int) -> dict[str, f
         "all_reduce_ms": round(1e3 * parts["all_reduce"], 2),
         "all_gather_ms": round(1e3 * parts["all_gather"], 2),
         "share_of_data_parallel_exchange": round(after_backward / step, 3),
-        "efficiency": round(alone / step, 3),
-        "efficiency_with_overlapped_reduction": round(alone / (step - hidden), 3),
+        "efficiency": round(useful / step, 3),
+        "efficiency_with_overlapped_reduction": round(useful / (step - hidden), 3),
     }
 
 
@@ -226,16 +242,16 @@ def assumptions() -> dict[str, Any]:
         "link_bytes_per_second_between_nodes_of_each_gpu": NETWORK_BYTES_PER_SECOND,
         "share_of_link_reached": LINK_SHARE,
         "latency_of_a_step_seconds": {
-            place: {KINDS[kind]: link.latency_seconds for kind, link in links.items()}
-            for place, links in (("inside", ASSUMED.inside), ("between", ASSUMED.between))
+            place: {KINDS[kind]: seconds for kind, seconds in by_kind.items()}
+            for place, by_kind in LATENCY_SECONDS.items()
         },
         "algorithms": "all-reduce: tree in latency, ring in bytes; all-gather: ring; all-to-all: "
-        "each to each",
+        "each to each at once; the network cards of a node share a ring's bytes",
         "jitter_of_compute": JITTER,
         "optimizer_bytes_an_element": OPTIMIZER_BYTES,
         "experts": "used alike by all ranks",
-        "efficiency": "time of one GPU that holds all of it and exchanges nothing, over that of a "
-        "step; first without any overlap, then with the all-reduce behind 2/3 of compute",
+        "efficiency": "what a step takes without exchange and jitter, over what it takes; first "
+        "without any overlap, then with the all-reduce behind 2/3 of compute",
     }
 
 
@@ -264,9 +280,15 @@ def main() -> None:
             )
     if traces:
         results["assumptions"] = assumptions()
+        whole, results["full_size_expert_parallel_1"] = full_size(8, 1)
         results["predicted"] = {
             f"{windows}_windows_a_rank": {
-                str(world): predicted(rank, large_config(world, 8, []), windows=windows)
+                str(world): {
+                    "expert_parallel_8": predicted(rank, windows=windows),
+                    "expert_parallel_1": predicted(
+                        in_a_larger_world(whole, world), windows=windows
+                    ),
+                }
                 for world, rank in traces.items()
             }
             for windows in (64, 256, 1024)
