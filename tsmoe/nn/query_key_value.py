@@ -22,7 +22,7 @@ class QueryKeyValue(nn.Linear):
         super().__init__(d_model, 3 * d_model, bias=False)
         self.num_heads = num_heads
 
-    def forward(self, tokens: Tensor, *, is_paired: bool = False) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor, *, is_paired: bool = False) -> Tensor:
         """Map (..., D) to (..., 3D), coordinates of queries and keys in pairs if wanted."""
         weight = self.weight
         if is_paired:
