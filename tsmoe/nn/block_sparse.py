@@ -23,7 +23,7 @@ from tsmoe.nn.score_tiles import CausalTiles, NeighbourTiles, Tiles
 
 # A pair of tokens costs more where keys are gathered and products are small than in large blocks
 # (measured: benchmarks/attention.py).
-GATHERED_PAIR_COST = 3.0
+GATHERED_PAIR_COST = 4.0
 
 # Some windows of a batch, and how they are attended over.
 _Way = tuple[Tensor | slice, Tiles]
