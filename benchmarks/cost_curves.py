@@ -25,14 +25,13 @@ from torch import Tensor
 
 from record import record
 from tsmoe.batch import WindowBatch
-from tsmoe.engine.optimizer import OptimizerConfig
-from tsmoe.engine.plain_engine import PlainEngine
+from tsmoe.engine.build import build_engine
 from tsmoe.losses import next_patch_loss, target_patches
-from tsmoe.models import build_model
-from tsmoe.models.time_tracker import TimeTrackerConfig
+from tsmoe.models.time_tracker import TimeTracker, TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
 from tsmoe.nn.patch import num_patches
 from tsmoe.ranks import Ranks
+from tsmoe.train.run_config import RunConfig
 from tsmoe.train.stages import prepare_pretraining
 
 BALANCING_PASSES = 40
@@ -103,10 +102,10 @@ class Trainee:
 
     def __init__(self, point: Point, *, balances: bool) -> None:
         self.point = point
-        network = build_model(point.model)
-        if point.neighbours is None:
-            prepare_pretraining(network)
-        self.engine = PlainEngine(network, OptimizerConfig(), precision="fp32", ranks=Ranks())
+        config = RunConfig(run="unused", corpus="unused", model=point.model)
+        # Graphs are for models that mix variates, which pretraining does not.
+        prepare = prepare_pretraining if point.neighbours is None else _leave_as_it_is
+        self.engine = build_engine(config, Ranks(), prepare=prepare)
         self.batch = _random_walks(point)
         self.adjacency_BCC = None if point.neighbours is None else _random_graph(point)
         if balances:
@@ -152,6 +151,10 @@ class Trainee:
         few, length = slice(0, 32), self.point.model.context_length
         values_BCL = self.batch.values_BCL[few, :, :length]
         return self.engine.model(values_BCL, self.batch.observed_BCL[few, :, :length]).routings
+
+
+def _leave_as_it_is(_: TimeTracker) -> None:
+    pass
 
 
 def _random_walks(point: Point) -> WindowBatch:
