@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from record import record
 from runs import environment
 from tsmoe import ranks as ranks_module
-from tsmoe.engine.host_memory import keep_freed_memory
+from tsmoe.host_memory import keep_freed_memory
 from tsmoe.moe.dispatch import run_experts
 from tsmoe.moe.experts import Experts
 from tsmoe.moe.layer import MoEConfig, MoELayer

@@ -44,6 +44,7 @@ from step_variants import (
 )
 from tsmoe import ranks as ranks_module
 from tsmoe.engine.deepspeed_engine import expert_factory, initialise_deepspeed
+from tsmoe.host_memory import keep_freed_memory
 from tsmoe.moe.experts import Experts
 from tsmoe.moe.layer import ExpertFactory, MoEConfig, MoELayer
 from tsmoe.moe.routers import SequenceRouterConfig
@@ -166,6 +167,7 @@ def step_of(
 def worker(output: Path, *, rounds: int, precision: str) -> None:
     """Time steps on the ranks of this launch; the first rank writes."""
     ranks = ranks_module.start()
+    keep_freed_memory()  # as runs do
     initialise_deepspeed(ranks, timeout_seconds=600)
     make_experts = expert_factory(ranks.size, ranks, zero_stage=1)
     found = {}

@@ -44,6 +44,7 @@ from tsmoe.cost.flops import training_flops
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
 from tsmoe.engine.deepspeed_engine import DeepSpeedEngine, expert_factory, initialise_deepspeed
 from tsmoe.engine.optimizer import OptimizerConfig
+from tsmoe.host_memory import keep_freed_memory
 from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
 from tsmoe.nn.matmul import exact_onednn_matmul
@@ -192,6 +193,7 @@ def worker(output: Path, *, rounds: int, there: list[str], threads: int) -> None
     """Time each match in turns and write what was found."""
     torch.set_num_threads(threads)
     ranks = ranks_module.start()
+    keep_freed_memory()  # as runs do
     initialise_deepspeed(ranks, timeout_seconds=600)
     found: dict[str, Any] = {}
     for name, match in MATCHES.items():

@@ -32,6 +32,7 @@ from tsmoe.cost.flops import training_flops
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
 from tsmoe.engine.deepspeed_engine import DeepSpeedEngine, expert_factory, initialise_deepspeed
 from tsmoe.engine.optimizer import OptimizerConfig
+from tsmoe.host_memory import keep_freed_memory
 from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
 from tsmoe.train.stages import prepare_pretraining
@@ -63,6 +64,7 @@ def random_walks(config: TimeTrackerConfig, windows: int, *, seed: int) -> Windo
 def worker(output: Path, *, d_model: int, windows: int, rounds: int, precision: str) -> None:
     """Time each variant in turns on the ranks of this launch; the first rank writes the figures."""
     ranks = ranks_module.start()
+    keep_freed_memory()  # as runs do
     initialise_deepspeed(ranks, timeout_seconds=600)
     engine_config = DeepSpeedEngineConfig(expert_parallel_size=ranks.size)
     make_experts = expert_factory(ranks.size, ranks, zero_stage=engine_config.zero_stage)

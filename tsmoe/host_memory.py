@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 
 # Parameters of glibc's mallopt, see its manual page.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_NEVER = -1
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
 
 
 def keep_freed_memory() -> bool:
@@ -27,6 +27,4 @@ def keep_freed_memory() -> bool:
         mallopt = library.mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    no_blocks_of_their_own = mallopt(_M_MMAP_MAX, 0)
-    nothing_given_back = mallopt(_M_TRIM_THRESHOLD, _NEVER)
-    return bool(no_blocks_of_their_own and nothing_given_back)
+    return all(mallopt(name, value) == 1 for name, value in _SETTINGS)

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tsmoe.errors import ConfigError
-from tsmoe.host_memory import keep_freed_memory
 
 DEFAULT_TIMEOUT_SECONDS = 600
 
@@ -250,8 +249,7 @@ def start(*, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, device: str = "au
     """Join the processes that a launcher (deepspeed, torchrun, accelerate, srun) started.
 
     Collective: every rank must call it. Communicates by gloo on CPU and NCCL on GPUs; a collective
-    that waits for a lost rank fails after `timeout_seconds` instead of hanging. On CPU the process
-    keeps memory that was freed, see `keep_freed_memory`.
+    that waits for a lost rank fails after `timeout_seconds` instead of hanging.
 
     Raises:
         ConfigError: if the launcher's variables are incomplete.
@@ -259,8 +257,6 @@ def start(*, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, device: str = "au
     _map_slurm_variables()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     torch_device = _choose_device(device, local_rank)
-    if torch_device.type == "cpu":
-        keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Ranks(device=torch_device)

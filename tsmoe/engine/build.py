@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
-from tsmoe.engine.host_memory import keep_freed_memory
 from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.engine.plain_engine import PlainEngine, PlainEngineConfig, Precision
 from tsmoe.engine.protocol import Engine
+from tsmoe.host_memory import keep_freed_memory
 from tsmoe.models import ModelConfig, build_model
 from tsmoe.models.compiled import compile_blocks
 from tsmoe.models.time_tracker import TimeTracker
@@ -59,6 +59,8 @@ def build_engine(
     config: RunSettings, ranks: Ranks, *, prepare: Callable[[TimeTracker], None]
 ) -> Engine:
     """Build the model with this rank's experts and hand it to the engine. Collective.
+
+    On CPU the process keeps memory that was freed from here on, see `keep_freed_memory`.
 
     Args:
         config: of the run.
