@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tsmoe.nn.score_tiles import CausalTiles, NeighbourTiles, Tiles
+from tsmoe.nn.causal_tiles import CausalTiles
+from tsmoe.nn.neighbour_tiles import NeighbourTiles
+from tsmoe.nn.score_tiles import Tiles
 
 # A pair of tokens costs more where keys are gathered and products are small than in large blocks
 # (measured: benchmarks/attention.py).

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from tsmoe.nn import block_sparse, score_tiles
+from tsmoe.nn import block_sparse, causal_tiles, score_tiles
 from tsmoe.nn.attention import AnyVariateAttention
 from tsmoe.nn.block_sparse import attend_in_tiles, is_gathered
 from tsmoe.nn.rotary import rotary_tables, split_rotated
@@ -67,7 +67,7 @@ def test_tiles_of_any_size_equal_dense_masks_with_gradients(
     way, kind: str, sizes: tuple[int, int, int], scores_at_most: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(score_tiles, "SCORES_AT_MOST", scores_at_most)
-    monkeypatch.setattr(score_tiles, "QUERIES_AT_LEAST", 8)
+    monkeypatch.setattr(causal_tiles, "QUERIES_AT_LEAST", 8)
     adjacency_BCC = graph(kind, *sizes[:2])
     *inputs, grad = random_heads(*sizes, torch.float64)
     own_H = torch.tensor([0.8, -0.6], dtype=torch.float64)
