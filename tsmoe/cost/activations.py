@@ -80,8 +80,14 @@ def norm_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
 
 
 def attention_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
-    """Attention of each variate to itself: query, key, value, the output, and weights or sums."""
+    """Attention of each variate to itself: query, key, value, the output, and weights or sums.
+
+    On a processor also the projection's matrix, with rows in the order that rotation wants; with
+    autocast it is cast anyway.
+    """
     size = rows.tokens * 4 * model.d_model * numerics.element
+    if not numerics.is_on_gpu and not numerics.is_autocast:
+        size += 3 * model.d_model**2 * numerics.element
     if numerics.is_on_gpu or rows.patches > _FEW_TOKENS:
         return size + rows.tokens * model.num_heads * _FLOAT32
     # The processor's path for few tokens holds all weights.

@@ -197,7 +197,8 @@ class _Step:
             self.engine.gradients_came(f"{name}.output")
             with self.time.working(6 * self.tokens_bytes):
                 pass
-        with self.time.working(4 * self.tokens_bytes):
+        reordered = 0 if self.layout.is_on_gpu else 3 * self.model.d_model**2 * self.numerics.weight
+        with self.time.working(4 * self.tokens_bytes + reordered):
             self.engine.gradients_came(f"{name}.query_key_value")
         self.time.give("activations", kept.attention_bytes(self.model, self.rows, self.numerics))
 
