@@ -38,7 +38,9 @@ def run_piecewise(
     assignment: Assignment,
 ) -> Tensor:
     """Return each unit's weighted sum of its experts' answers."""
-    return _Experts.apply(units_UND, weights_UK, gate_up_ED2F, down_EFD, assignment)
+    # Inside a Function's forward pass torch says that gradients are off, always.
+    keeps = torch.is_grad_enabled()
+    return _Experts.apply(units_UND, weights_UK, gate_up_ED2F, down_EFD, assignment, keeps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class _Experts(Function):
         gate_up_ED2F: Tensor,
         down_EFD: Tensor,
         assignment: Assignment,
+        keeps: bool,
     ) -> Tensor:
         sizes = _Sizes(units_UND, down_EFD, assignment)
         units_UX = units_UND.flatten(1)
@@ -156,7 +159,8 @@ class _Experts(Function):
             answer_PD = torch.mm(hidden_PF, down[piece.expert], out=answers.take(piece.padded))
             answer_mX = piece.by_choice(answer_PD).mul_(weights_m1)
             summed_UX.index_add_(0, units_m, answer_mX)
-            kept.append(gate_up_P2F)
+            if keeps:
+                kept.append(gate_up_P2F)
         ctx.save_for_backward(units_UND, weights_UK, gate_up_ED2F, down_EFD, *kept)
         ctx.assignment = assignment
         return summed_UX.view_as(units_UND)
@@ -212,5 +216,6 @@ class _Experts(Function):
             weights_back_M.view_as(weights_UK).to(weights_UK.dtype),
             gate_up_back_ED2F,
             down_back_EFD,
+            None,
             None,
         )

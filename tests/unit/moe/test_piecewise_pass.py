@@ -1,5 +1,7 @@
 """Experts piece by piece against every expert on every token, where pieces are many or none."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,6 +117,32 @@ def test_piecewise_keeps_neither_rows_nor_answers() -> None:
     own = {leaf.data_ptr() for leaf in leaves}
     numbers = sum(tensor.numel() for tensor in kept if tensor.data_ptr() not in own)
     assert numbers == 2 * U * 2 * WIDTH  # gate and up of each choice
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_without_gradients_no_piece_outlives_its_turn(
+    keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(piecewise_pass, "_PIECE_ROWS", 10)
+    made: list[weakref.ref] = []
+    most_alive = 0
+    plain = torch.mm
+
+    def watch(left: Tensor, right: Tensor, **out: Tensor) -> Tensor:
+        nonlocal most_alive
+        product = plain(left, right, **out)
+        if not out:
+            made.append(weakref.ref(product))
+            most_alive = max(most_alive, sum(each() is not None for each in made))
+        return product
+
+    monkeypatch.setattr(torch, "mm", watch)
+    leaves, assignment = inputs(torch.float32, top_k=2, tokens=1)
+    with torch.set_grad_enabled(keeps):
+        run_piecewise(*leaves, assignment)
+    assert len(made) > 5
+    # The one before dies when its name is given to the next.
+    assert most_alive == len(made) if keeps else most_alive <= 2
 
 
 def test_blocks_of_ranks_are_put_in_order_of_expert() -> None:
