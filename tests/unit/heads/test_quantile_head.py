@@ -19,6 +19,14 @@ def test_error_is_twice_the_mean_pinball_loss_by_hand(head) -> None:
     assert error.item() == pytest.approx(2 * 0.5 / 3)
 
 
+def test_gradient_pulls_each_level_by_its_own_share(head) -> None:
+    prediction_BCNPK = torch.tensor([1.0, 2.0, 4.0]).reshape(1, 1, 1, 1, 3).requires_grad_()
+    head.point_errors(prediction_BCNPK, torch.full((1, 1, 1, 1), 2.0)).sum().backward()
+    # Below the target by the level; at it the mean of both sides; above it by the rest of 1.
+    expected = torch.tensor([-0.1, 0.0, 1 - 0.8]) * 2 / 3
+    torch.testing.assert_close(prediction_BCNPK.grad.flatten(), expected)
+
+
 def test_term_of_the_median_is_the_absolute_error() -> None:
     head = QuantileHead(QuantileHeadConfig(levels=(0.5,)), 4, 3)
     prediction_BCNPK, target_BCNP = torch.randn(2, 1, 3, 3, 1), torch.randn(2, 1, 3, 3)
