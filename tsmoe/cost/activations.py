@@ -152,9 +152,9 @@ def head_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
 
 
 def loss_bytes(model: TimeTrackerConfig, rows: Rows) -> int:
-    """Loss: both sides of the pinball, or the error to be squared; which points count."""
+    """Loss: the error of each value that is predicted, and which points count."""
     points, levels = rows.tokens * model.patch_length, values_per_point(model)
-    return points * (_FLOAT32 * (2 * levels if levels > 1 else 1) + 1)
+    return points * (_FLOAT32 * levels + 1)
 
 
 def batch_bytes(model: TimeTrackerConfig, rows: Rows) -> int:
