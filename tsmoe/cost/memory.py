@@ -268,8 +268,10 @@ class _Step:
             with self.time.working(4 * inner + received):
                 self.engine.gradients_came(f"{name}.experts")
         else:
-            # Scratch for one piece of the rows at a time.
-            scratch = min(_PIECE_ROWS, rows.received)
+            # Scratch for one piece of an expert's rows at a time, were all loaded alike.
+            local = moe.num_experts // self.layout.expert_parallel_size
+            mean = rows.received // local
+            scratch = mean // max(1, -(-mean // _PIECE_ROWS))
             width = 2 * model.d_model + 5 * moe.d_ff_expert
             units = received if rows.is_remote else self.tokens_bytes
             with self.time.working(units + scratch * width * numerics.element):
