@@ -20,18 +20,24 @@ _TRIED = ((8, 64, 64), (64, 256, 512), (512, 512, 512))
 
 
 @contextmanager
-def exact_onednn_matmul() -> Iterator[None]:
+def exact_onednn_matmul(device: torch.device | None = None) -> Iterator[None]:
     """Multiply float32 matrices by oneDNN in this block, or decorated function.
 
     Torch hands them to oneDNN only where it is allowed to round to bfloat16 inside, which oneDNN
     does on processors with matrix tiles (AMX) and on no others. So that is tried out first, and
-    where a product is less than exact to float32 nothing is changed. Other types and devices are
-    not touched.
+    where a product is less than exact to float32 nothing is changed. Other types are not touched.
+
+    The setting is the process', for all its threads, and may not be changed by two at once. While
+    it holds `torch.get_float32_matmul_precision` raises; so do kernels that torch.compile chooses
+    by it, such as FlexAttention on CUDA.
+
+    Args:
+        device: of the matrices; None: the processor. For any other one nothing is changed.
     """
-    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if not is_onednn_exact():
+    if (device is not None and device.type != "cpu") or not is_onednn_exact():
         yield
         return
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
@@ -56,7 +62,10 @@ def is_onednn_exact() -> bool:
 
 def _relative_error(rows: int, inner: int, columns: int) -> float:
     generator = torch.Generator().manual_seed(0)
-    left = torch.randn(rows, inner, generator=generator)
-    right = torch.randn(inner, columns, generator=generator)
+    here: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    left, right = torch.randn(rows, inner, **here), torch.randn(inner, columns, **here)
     exact = left.double() @ right.double()
-    return float(((left @ right).double() - exact).norm() / exact.norm())
+    # The answer is kept for good: a caller's autocast must not decide it.
+    with torch.autocast("cpu", enabled=False):
+        product = left @ right
+    return float((product.double() - exact).norm() / exact.norm())

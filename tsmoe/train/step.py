@@ -52,7 +52,6 @@ class StepReport:
     """What the step before cost; None if that is not known or not measured."""
 
 
-@exact_onednn_matmul()
 def training_step(
     engine: Engine,
     micro_batches: Sequence[WindowBatch],
@@ -89,10 +88,11 @@ def training_step(
     ranks = engine.ranks
     targets = [_targets(engine.model, batch) for batch in micro_batches]
     counts = ranks.sum(_counts(engine.model, micro_batches, targets, ranks.device))
-    sums = _forward_and_backward(
-        engine, micro_batches, targets, num_targets=counts[0], error_unit=error_unit,
-        target_clip=target_clip, telemetry=telemetry,
-    )  # fmt: skip
+    with exact_onednn_matmul(ranks.device):
+        sums = _forward_and_backward(
+            engine, micro_batches, targets, num_targets=counts[0], error_unit=error_unit,
+            target_clip=target_clip, telemetry=telemetry,
+        )  # fmt: skip
     totals = _sum_over_ranks(ranks, counts, sums, flags=flags, telemetry=telemetry)
     if totals.num_targets == 0:
         raise TrainingError(
@@ -248,7 +248,6 @@ def _counts(
     return counts
 
 
-@exact_onednn_matmul()
 @torch.no_grad()
 def validation_loss(
     engine: Engine, batches: Sequence[WindowBatch], *, error_unit: ErrorUnit, target_clip: float
@@ -261,11 +260,12 @@ def validation_loss(
         target, is_target = _targets(engine.model, batch)
         # Not engine.forward: an engine's forward prepares a backward pass that will not come.
         length = engine.model.config.context_length
-        output = engine.model(
-            batch.values_BCL[..., :length],
-            batch.observed_BCL[..., :length],
-            series_BCN=batch.series_BCN,
-        )
+        with exact_onednn_matmul(ranks.device):
+            output = engine.model(
+                batch.values_BCL[..., :length],
+                batch.observed_BCL[..., :length],
+                series_BCN=batch.series_BCN,
+            )
         term = next_patch_loss(
             engine.model.head,
             output,

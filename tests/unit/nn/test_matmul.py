@@ -59,3 +59,19 @@ def test_decorated_function_multiplies_in_the_block() -> None:
     expected = "bf16" if is_onednn_exact() else before
     assert [inside(), inside()] == [expected, expected]
     assert setting.fp32_precision == before
+
+
+def test_nothing_changes_for_another_device() -> None:
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    with exact_onednn_matmul(torch.device("cuda")):
+        assert setting.fp32_precision == before
+        # FlexAttention asks for it on CUDA; inside the block on the processor it raises.
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_autocast_of_the_caller_does_not_decide() -> None:
+    expected = is_onednn_exact()
+    is_onednn_exact.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert is_onednn_exact() == expected
