@@ -162,7 +162,7 @@ class _Experts(Function):
             if keeps:
                 kept.append(gate_up_P2F)
         ctx.save_for_backward(units_UND, weights_UK, gate_up_ED2F, down_EFD, *kept)
-        ctx.assignment = assignment
+        ctx.assignment, ctx.sizes = assignment, sizes
         return summed_UX.view_as(units_UND)
 
     @staticmethod
@@ -170,7 +170,8 @@ class _Experts(Function):
     def backward(ctx: Any, gradient_UND: Tensor) -> tuple[Tensor | None, ...]:
         units_UND, weights_UK, gate_up_ED2F, down_EFD, *kept = ctx.saved_tensors
         assignment: Assignment = ctx.assignment
-        sizes = _Sizes(units_UND, down_EFD, assignment)
+        # As in the forward pass: a precision set since would change what is kept.
+        sizes: _Sizes = ctx.sizes
         units_UX, gradient_UX = units_UND.flatten(1), gradient_UND.flatten(1)
         units_back_UX = torch.zeros_like(units_UX)
         gate_up_back_ED2F, down_back_EFD = map(torch.empty_like, (gate_up_ED2F, down_EFD))

@@ -151,3 +151,17 @@ def test_blocks_of_ranks_are_put_in_order_of_expert() -> None:
     # Rank 0 sent 0, 1 for the first expert and 2 for the third, rank 1 sent 3 and then 4, 5, 6.
     assert assignment.order_M.tolist() == [0, 1, 3, 4, 5, 6, 2]
     assert assignment.counts == [3, 3, 1]
+
+
+@pytest.mark.parametrize("fills_up_first", [True, False])
+def test_backward_cuts_as_forward_did_whatever_the_setting_says_by_then(
+    fills_up_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, assignment = inputs(torch.float32, top_k=2, tokens=3)
+    expected = torch.autograd.grad(run_piecewise(*tensors, assignment).square().sum(), tensors)
+    monkeypatch.setattr(piecewise_pass, "pays_for_new_shapes", lambda _: fills_up_first)
+    summed_UND = run_piecewise(*tensors, assignment)
+    monkeypatch.setattr(piecewise_pass, "pays_for_new_shapes", lambda _: not fills_up_first)
+    found = torch.autograd.grad(summed_UND.square().sum(), tensors)
+    for gradient, twin in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, twin)
