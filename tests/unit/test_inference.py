@@ -149,9 +149,9 @@ def test_variate_without_observations_is_forecast_as_zero(forecaster) -> None:
     context_CL[0] = np.nan
     found = forecaster.forecast(context_CL, 20).mean_BCQ
     assert np.abs(found[0, 0]).max() < 1e-9
-    np.testing.assert_array_equal(
-        found[0, 1], forecaster.forecast(context_CL[1:], 20).mean_BCQ[0, 0]
-    )
+    alone = forecaster.forecast(context_CL[1:], 20).mean_BCQ[0, 0]
+    # Products of matrices of other sizes round otherwise; the values are near 20.
+    np.testing.assert_allclose(found[0, 1], alone, rtol=1e-5)
 
 
 def test_number_of_sequences_in_a_pass_does_not_matter(forecaster) -> None:
