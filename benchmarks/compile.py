@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def worker(case: Case, rounds: int) -> dict[str, Any]:
         first_step[name] = time.perf_counter() - wall, cpu_seconds() - cpu
         engines[name] = engine
     turns = take_turns(
-        {name: lambda e=engine: one_step(config, e, batch) for name, engine in engines.items()},
+        {name: partial(one_step, config, engine, batch) for name, engine in engines.items()},
         rounds=rounds,
         ranks=ranks,
     )

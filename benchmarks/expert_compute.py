@@ -76,6 +76,7 @@ class ModuleLoop(nn.Module):
         chosen_TKE = F.one_hot(routing.expert_ids_BCNK.flatten(0, 2), len(self.members))
         summed_TD = torch.zeros_like(tokens_TD)
         for expert, member in enumerate(self.members):
+            assert isinstance(member, nn.ModuleDict)
             token_R, place_R = torch.where(chosen_TKE[..., expert])
             rows_RD = tokens_TD[token_R]
             hidden_RF = F.silu(member["gate"](rows_RD)) * member["up"](rows_RD)

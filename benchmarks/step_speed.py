@@ -17,9 +17,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -36,6 +39,7 @@ from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.host_memory import keep_freed_memory
 from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
+from tsmoe.train import step as step_module
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import training_step
 
@@ -63,6 +67,12 @@ def random_walks(config: TimeTrackerConfig, windows: int, *, seed: int) -> Windo
     )  # fmt: skip
 
 
+def step_by_default_products(**settings: Any) -> None:
+    """Do a step whose float32 products torch multiplies as it does by default."""
+    with patch.object(step_module, "exact_onednn_matmul", nullcontext):
+        training_step(**settings)
+
+
 def worker(output: Path, *, d_model: int, windows: int, rounds: int, precision: str) -> None:
     """Time each variant in turns on the ranks of this launch; the first rank writes the figures."""
     ranks = ranks_module.start()
@@ -72,7 +82,7 @@ def worker(output: Path, *, d_model: int, windows: int, rounds: int, precision: 
     make_experts = expert_factory(ranks.size, ranks, zero_stage=engine_config.zero_stage)
     config = model_config(d_model)
     batch = random_walks(config, windows, seed=ranks.rank)
-    steps = {}
+    steps: dict[str, Callable[[], object]] = {}
     for name in (*TWINS, *OURS):
         # The loop knows no other ranks: there every rank has all experts.
         model = twin_model(name, config, make_experts, ranks.size)
@@ -81,7 +91,7 @@ def worker(output: Path, *, d_model: int, windows: int, rounds: int, precision: 
             model, engine_config, OptimizerConfig(), precision=precision,  # type: ignore[arg-type]
             micro_batch_size=windows, gradient_accumulation_steps=1, ranks=ranks,
         )  # fmt: skip
-        settings = {
+        settings: dict[str, Any] = {
             "engine": engine, "micro_batches": [batch], "step": 1, "lr": 1e-4,
             # The bias update costs nothing but keeps ours as balanced as in training.
             "balance_rate": 1e-3 if name in OURS else 0.0,
@@ -89,8 +99,7 @@ def worker(output: Path, *, d_model: int, windows: int, rounds: int, precision: 
         }  # fmt: skip
         steps[name] = partial(training_step, **settings)
         if name in (STOCK, STOCK_ALL) and precision == "fp32":
-            undecorated = training_step.__wrapped__  # type: ignore[attr-defined]
-            steps[name + AS_IT_COMES] = partial(undecorated, **settings)
+            steps[name + AS_IT_COMES] = partial(step_by_default_products, **settings)
     turns = take_turns(steps, rounds=rounds, warm_up=2, ranks=ranks, gemm_precision=precision)
     if ranks.is_first:
         flops = training_flops(config, windows=windows * ranks.size).total
