@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 2 user mistake, 3 bad data, 75 stopped."""
-    args = build_parser().parse_args(_launcher_arguments_last(arguments or sys.argv[1:]))
+    args = _parse(_launcher_arguments_last(arguments or sys.argv[1:]))
     _set_up_logging()
     try:
         return args.run(args)
@@ -55,6 +55,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"tsmoe: {error}; mend it and start the same command again", file=sys.stderr)
         return 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    args, left = parser.parse_known_args(arguments)
+    # argparse takes the settings of KEY=VALUE in one piece only; they may also stand after options.
+    if left and ("settings" not in args or any(a.startswith("-") or "=" not in a for a in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        args.settings += left
+    return args
 
 
 def _set_up_logging() -> None:

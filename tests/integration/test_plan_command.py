@@ -30,10 +30,26 @@ def test_every_preset_is_planned_and_fits(capsys, preset) -> None:
 
 
 def plan_large(capsys, *arguments: str) -> tuple[int, dict, str]:
-    """Plan the large preset on 64 GPUs; settings come before options."""
-    settings = [argument for argument in arguments if "=" in argument]
-    options = [argument for argument in arguments if "=" not in argument]
-    return plan(capsys, "time_tracker_large", *settings, "--nodes", "8", *options)
+    """Plan the large preset on 64 GPUs."""
+    return plan(capsys, "time_tracker_large", "--nodes", "8", *arguments)
+
+
+def test_settings_may_stand_before_and_after_options(capsys) -> None:
+    code, numbers, _ = plan(
+        capsys, "time_tracker_large", "training.micro_batch_size=32", "--nodes", "8",
+        "engine.zero_stage=2", "--gpu", "h200", "engine.expert_parallel_size=4",
+    )  # fmt: skip
+    assert code == 0
+    assert numbers["layout"]["training.micro_batch_size"] == 32
+    assert numbers["layout"]["engine.zero_stage"] == 2
+    assert numbers["layout"]["engine.expert_parallel_size"] == 4
+
+
+@pytest.mark.parametrize("unknown", ["--zero-stage=2", "zero"])
+def test_what_is_neither_setting_nor_option_is_refused(capsys, unknown) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "time_tracker_large", "--nodes", "8", unknown])
+    assert f"unrecognized arguments: {unknown}" in capsys.readouterr().err
 
 
 def test_text_names_parts_exchanges_and_sources(capsys) -> None:
