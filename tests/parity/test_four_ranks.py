@@ -15,6 +15,7 @@ STEPS = {"training": {"steps": 4, "micro_batch_size": 4}}
 FOUR_RANKS = {
     "two sets of experts over two ranks each": {"expert_parallel_size": 2, "zero_stage": 1},
     "two sets of experts, stage 2": {"expert_parallel_size": 2, "zero_stage": 2},
+    "two sets of experts, stage 3": {"expert_parallel_size": 2, "zero_stage": 3},
     "one set of experts over four ranks": {"expert_parallel_size": 4, "zero_stage": 1},
 }
 
