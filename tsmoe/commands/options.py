@@ -45,6 +45,17 @@ def require_positive(option: str, value: int | None) -> None:
         raise ConfigError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
 
 
+def require_finite(option: str, value: float | None, *, above: float) -> None:
+    """Refuse a number that is not above a limit, infinite or NaN; None was not given.
+
+    Raises:
+        ConfigError: naming the option and the value.
+    """
+    if value is not None and not above < value < float("inf"):
+        name = option.replace("_", "-")
+        raise ConfigError(f"--{name} must be a finite number above {above:g}, got {value}")
+
+
 def split_names(option: str, text: str | None) -> list[str] | None:
     """Split "a,b" into names; None stays None.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from tsmoe.commands.options import require_positive
+from tsmoe.commands.options import require_finite, require_positive
 from tsmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,10 +59,9 @@ def _plan(args: argparse.Namespace) -> int:
     for option in ("nodes", "gpus_per_node", "variates"):
         require_positive(option, getattr(args, option))
     for option in ("memory_gib", "tflops", "network_gbps"):
-        if getattr(args, option) is not None and getattr(args, option) <= 0:
-            raise ConfigError(f"--{option.replace('_', '-')} must be above 0")
-    if args.imbalance < 1:
-        raise ConfigError(f"--imbalance must be at least 1, got {args.imbalance}")
+        require_finite(option, getattr(args, option), above=0)
+    if not 1 <= args.imbalance < float("inf"):
+        raise ConfigError(f"--imbalance must be a finite number, at least 1, got {args.imbalance}")
     config = resolve(args.preset, args.settings)
     machine = _machine(args, config)
     job = Job(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tsmoe.cost.hardware import GPUS, find_gpu, measure_gemm_rate
 from tsmoe.errors import ConfigError
+from tsmoe.nn.matmul import exact_onednn_matmul
 
 # What a training step reaches of a data sheet's rate and of a link's, where nothing was measured.
 COMPUTE_SHARE = 0.4
@@ -128,7 +129,8 @@ def cpu_machine(
 ) -> Machine:
     """Describe this machine's processor, whose matrix products are timed. Arguments as above."""
     threads = max(1, (os.cpu_count() or 1) // ranks_per_node)
-    rate = measure_gemm_rate(precision, threads)
+    with exact_onednn_matmul():  # as a step multiplies
+        rate = measure_gemm_rate(precision, threads)
     measured = f"matrix products of {threads} thread(s) here, measured"
     total = memory_gib or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gbps = network_gbps or 10.0

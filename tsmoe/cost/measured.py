@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -62,10 +63,17 @@ def _of_json(path: Path, text: str) -> dict[str, float]:
         values = values.get("results", values)
     if not isinstance(values, dict) or not (names := values.keys() & set(RATES)):
         raise ConfigError(f"--measured {path}: holds none of {', '.join(RATES)}")
-    bad = [n for n in sorted(names) if not isinstance(values[n], (int, float)) or values[n] <= 0]
+    bad = [n for n in sorted(names) if not _is_rate(values[n])]
     if bad:
-        raise ConfigError(f"--measured {path}: {bad[0]} is {values[bad[0]]!r}, not above 0")
+        raise ConfigError(
+            f"--measured {path}: {bad[0]} is {values[bad[0]]!r}, not a finite number above 0"
+        )
     return {name: values[name] for name in names}
+
+
+def _is_rate(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
 
 
 def _of_run(path: Path, text: str) -> dict[str, float]:
@@ -98,7 +106,12 @@ def _of_run(path: Path, text: str) -> dict[str, float]:
             "let the run go on for longer"
         )
     rates = {"flops": statistics.median(compute)}
-    if exchange:
+    if not _is_rate(rates["flops"]):
+        raise ConfigError(
+            f"--measured {path}: the median rate of its steps is {rates['flops']}; name a run "
+            "whose steps were measured"
+        )
+    if exchange and _is_rate(statistics.median(exchange)):
         rates["link_bandwidth"] = statistics.median(exchange)
     return rates
 

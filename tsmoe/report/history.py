@@ -42,6 +42,7 @@ OF_STEP_BEFORE = (
     "peak_memory_bytes",
     "bytes_out",
 )
+_BY_EXPERT = ("load", "load_bias")
 BY_LAYER = ("load_entropy", "live_experts", "margin")
 EXCHANGE_BY_LAYER = ("rows_moved", "forward_seconds", "backward_seconds")
 BY_RANK = ("compute_seconds", "data_wait_seconds", "memory_bytes")
@@ -54,9 +55,8 @@ class Thinned:
         self._pairs: list[tuple[int, np.ndarray]] = []
         self._every, self._seen = 1, 0
 
-    def add(self, step: int, table: Any) -> None:
+    def add(self, step: int, array: np.ndarray) -> None:
         """Keep a table, or not; one of another shape than before begins anew."""
-        array = np.array(table, dtype=np.float64)  # null becomes NaN
         if self._pairs and self._pairs[-1][1].shape != array.shape:
             self._pairs, self._every, self._seen = [], 1, 0
         if self._seen % self._every == 0:
@@ -103,7 +103,7 @@ class RunHistory:
     starts: list[tuple[int, dict[str, Any]]]
     """Steps at which the run was started or went on, and on what."""
     num_unreadable: int
-    """Lines that are no JSON: cut short by a kill, or being written at this moment."""
+    """Lines that are not as a run writes them: cut short by a kill, being written, or altered."""
 
     @property
     def num_layers(self) -> int:
@@ -176,7 +176,7 @@ def gaps(history: RunHistory) -> list[str]:
     if not history.validation:
         found.append("validation loss: there is none yet")
     if history.num_unreadable:
-        found.append(f"{history.num_unreadable} line(s) of {METRICS}: cut short, left out")
+        found.append(f"{history.num_unreadable} line(s) of {METRICS}: cannot be read, left out")
     return found
 
 
@@ -200,33 +200,50 @@ class _Reader:
         try:
             line = json.loads(text)
             step = int(line["step"])
-        except (ValueError, TypeError, KeyError):
+            validation = float(line.get("loss/validation", np.nan))
+            if "loss/train" in line:
+                self._read_step(step, line)
+        except (ValueError, TypeError, KeyError, AttributeError):
             self.num_unreadable += 1
             return
-        if "loss/train" in line:
-            self._read_step(step, line)
-        if "loss/validation" in line:
-            self.validation.append((step, float(line["loss/validation"])))
+        if not np.isnan(validation):
+            self.validation.append((step, validation))
         if "sources" in line:
             self.sources.append((step, line["sources"]))
         if "stream" in line:
             self.streams.append((step, line["stream"]))
 
     def _read_step(self, step: int, line: Mapping[str, Any]) -> None:
-        self.steps.append(step)
         before = line.get("speed/of_step_before", {})
-        for name, values in self.scalars.items():
+        scalars = {}
+        for name in self.scalars:
             value = (before if name in OF_STEP_BEFORE else line).get(name)
-            values.append(np.nan if value is None else value)
+            scalars[name] = np.nan if value is None else float(value)
         experts = line.get("experts", {})
         by_name = {name: experts.get(name) for name in ("load", "load_bias", *BY_LAYER)}
         by_name |= {name: before.get(name) for name in (*EXCHANGE_BY_LAYER, *BY_RANK)}
-        for name, table in by_name.items():
-            if table:
-                self.tables.setdefault(name, Thinned()).add(step, table)
+        tables = {n: _table(n, table) for n, table in by_name.items() if table}
+        # All of the line can be read: only now is any of it kept.
+        self.steps.append(step)
+        for name, number in scalars.items():
+            self.scalars[name].append(number)
+        for name, array in tables.items():
+            self.tables.setdefault(name, Thinned()).add(step, array)
         self.dead = experts.get("dead", self.dead)
         if "speed/start" in line:
             self.starts.append((step, line["speed/start"]))
+
+
+def _table(name: str, values: Any) -> np.ndarray:
+    """Read a table of a line, by layer and expert or a list.
+
+    Raises:
+        ValueError: if it is no such table.
+    """
+    array = np.array(values, dtype=np.float64)  # null becomes NaN
+    if array.ndim != (2 if name in _BY_EXPERT else 1):
+        raise ValueError(f"{name} has {array.ndim} axes")
+    return array
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -51,7 +51,7 @@ def loss_picture(history: RunHistory) -> Figure | None:
         axes.plot(*zip(*history.validation, strict=True), "o-", color=_RED, markersize=3,
                   linewidth=1, label="validation")  # fmt: skip
     # The first steps are high above the rest; a logarithmic axis shows both.
-    if np.nanmin(losses, initial=np.inf) > 0 and np.nanmax(losses) > 5 * np.nanmin(losses):
+    if losses.size and losses.min() > 0 and losses.max() > 5 * losses.min():
         axes.set_yscale("log")
     axes.set_title("loss")
     axes.legend(frameon=False)
@@ -237,7 +237,7 @@ def _heat_maps(
 
     columns = 2 if len(maps) > 1 else 1
     lines = math.ceil(len(maps) / columns)
-    figure = Figure(figsize=(5.5 * columns, 2.2 * lines), layout="constrained")
+    figure = Figure(figsize=(5.5 * columns, 2.4 * lines), layout="constrained")
     all_axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (title, (steps, values)) in zip(all_axes, maps.items(), strict=False):
         # Cells end half way between two steps.
@@ -249,6 +249,7 @@ def _heat_maps(
         )  # fmt: skip
         axes.set_title(title, fontsize="medium")
         axes.set_ylabel(rows)
+        axes.set_xlabel("step")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.invert_yaxis()
         if high is None:

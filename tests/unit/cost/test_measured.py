@@ -46,8 +46,9 @@ def test_a_run_tells_rates_of_a_rank_after_its_first_steps(tmp_path) -> None:
         ("{", "not valid JSON"),
         ("[1]", "holds none of flops"),
         ('{"speed": 1}', "holds none of flops"),
-        ('{"flops": -1}', "flops is -1, not above 0"),
+        ('{"flops": -1}', "flops is -1, not a finite number above 0"),
         ('{"flops": "fast"}', "flops is 'fast'"),
+        ('{"flops": NaN}', "flops is nan"),
     ],
 )
 def test_file_of_no_use_is_refused(tmp_path, text, says) -> None:

@@ -165,7 +165,32 @@ def test_run_that_is_going_on_is_read_up_to_its_last_whole_line(tmp_path: Path) 
         file.write(json.dumps(step_line(STEPS))[:90])
     summary = summary_of(run)
     assert summary["steps"]["done"] == STEPS
-    assert summary["missing"] == ["1 line(s) of metrics.jsonl: cut short, left out"]
+    assert summary["missing"] == ["1 line(s) of metrics.jsonl: cannot be read, left out"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss/train": "low"}, {"experts": 3}, {"experts": {"load": [1, 2]}}, {"step": None}],
+)
+def test_lines_of_another_kind_are_left_out_and_counted(tmp_path: Path, changes) -> None:
+    run = whole_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step_line(STEPS) | changes) + "\n")
+    summary = summary_of(run)
+    assert summary["steps"]["done"] == STEPS
+    assert summary["missing"] == ["1 line(s) of metrics.jsonl: cannot be read, left out"]
+
+
+def test_run_whose_losses_are_not_finite_has_a_report(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        line | {key: float("nan") for key in ("loss/train", "loss/validation") if key in line}
+        for line in lines
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = write_report(run, None)
+    assert (written.page.parent / "loss.png").exists()
 
 
 @pytest.mark.parametrize(("marker", "state"), [("DONE", "done"), ("REQUEUE", "stopped")])
@@ -248,7 +273,7 @@ def test_file_in_place_of_a_folder_exits_with_2(tmp_path: Path, capsys) -> None:
 def test_many_tables_are_thinned_evenly() -> None:
     kept = Thinned()
     for step in range(3000):
-        kept.add(step, [step, None])
+        kept.add(step, np.array([step, np.nan]))
     assert 256 <= len(kept.steps) <= 512
     assert set(np.diff(kept.steps)) == {8}
     assert (kept.tables[:, 0] == kept.steps).all()
