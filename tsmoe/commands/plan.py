@@ -125,6 +125,7 @@ def _numbers(job: Job, layout: Layout) -> dict[str, Any]:
             "compute": step.compute, "all_to_all": step.all_to_all, "reduction": step.reduction,
             "gather": step.gather, "update": step.update, "total": step.total,
         },
+        "hidden_reduction_seconds": step.hidden_reduction,
         "is_bound_by_launches": step.is_bound_by_launches,
         "points_per_second": step.points_per_second,
         "mfu": step.mfu,
@@ -217,6 +218,11 @@ def _text(args: argparse.Namespace, job: Job, layout: Layout, numbers: dict[str,
         f"{numbers['points_per_second']:,.0f} points/s, MFU {numbers['mfu']:.1%}, "
         f"{numbers['communication_share']:.1%} of the step in exchange",
     ]
+    if numbers["hidden_reduction_seconds"]:
+        lines.append(
+            f"reduction of {1e3 * numbers['hidden_reduction_seconds']:,.2f} ms passes beside the "
+            "backward pass"
+        )
     if numbers["is_bound_by_launches"]:
         lines.append("compute waits for kernels to start: larger micro-batches would be faster")
     lines += ["", "suggested, of the same ranks, precision and global batch"]

@@ -45,7 +45,10 @@ class Machine:
     host_bandwidth: Assumption
     """Bytes a second between device and host memory."""
     latency: Assumption
-    """Seconds of a collective that sends nothing."""
+    """Seconds of a collective that sends nothing between two ranks."""
+    hop: Assumption
+    """Seconds that each further step of a collective takes: a ring has as many as ranks, a tree
+    twice the logarithm."""
     launch: Assumption
     """Seconds that a block's kernels take to start, forward and backward: the least it can take."""
     is_gpu: bool = True
@@ -115,6 +118,7 @@ def gpu_machine(
         ),
         host_bandwidth=Assumption(value=25e9, source="PCIe 4 x16, assumed"),
         latency=Assumption(value=30e-6, source="assumed"),
+        hop=Assumption(value=3e-6, source="assumed"),
         launch=Assumption(value=1.2e-3, source="200 kernels of 6 us, assumed"),
     )
 
@@ -155,6 +159,7 @@ def cpu_machine(
         ),
         host_bandwidth=Assumption(value=10e9, source="a copy in memory, assumed"),
         latency=Assumption(value=300e-6, source="assumed"),
+        hop=Assumption(value=50e-6, source="assumed"),
         launch=Assumption(value=1e-3, source="assumed"),
         is_gpu=False,
     )

@@ -23,6 +23,7 @@ RATES = (
     "network_bandwidth",
     "host_bandwidth",
     "latency",
+    "hop",
     "launch",
 )
 # A run's first steps warm up.
@@ -46,7 +47,8 @@ def with_measured(machine: Machine, path: Path) -> Machine:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--measured {path}: cannot be read: {error}") from None
-    rates = _of_run(path, text) if path.suffix == ".jsonl" else _of_json(path, text)
+    is_run = path.suffix == ".jsonl"
+    rates = _of_run(path, text, machine) if is_run else _of_json(path, text)
     found = {
         name: Assumption(value=float(value), source=f"measured, {path}")
         for name, value in rates.items()
@@ -76,7 +78,7 @@ def _is_rate(value: Any) -> bool:
     return is_number and 0 < value < math.inf
 
 
-def _of_run(path: Path, text: str) -> dict[str, float]:
+def _of_run(path: Path, text: str, machine: Machine) -> dict[str, float]:
     lines = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
@@ -88,6 +90,13 @@ def _of_run(path: Path, text: str) -> dict[str, float]:
         raise ConfigError(
             f"--measured {path}: the run recomputes activations, which its FLOP/s do not count; "
             "name one that does not"
+        )
+    peaks = [line["speed/start"].get("peak_is") for line in lines if "speed/start" in line]
+    # `find_peak` of a run times a matrix product on a processor and looks a GPU up.
+    if peaks and peaks[-1] and machine.is_gpu == ("matrix product" in peaks[-1]):
+        raise ConfigError(
+            f"--measured {path}: the run's peak is that of a {peaks[-1]}, so its rates say nothing "
+            f"of {machine.name}; name a run on such a device, or choose --gpu by it"
         )
     steps = [line for line in lines if line.get("step", 0) >= _WARM_UP_STEPS]
     compute, exchange = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ class StepTime:
     gather: float
     """Of weights: after the update, or for each layer in stage 3."""
     update: float
+    hidden_reduction: float
+    """What of the reduction hides behind the backward pass; no part of the step."""
     is_bound_by_launches: bool
     """Whether kernels take longer to start than to compute."""
     points_per_second: float
@@ -74,7 +77,7 @@ def predict_step(
     all_to_all = seconds["all_to_all"]
     if machine.is_gpu:
         all_to_all -= _hidden_all_to_all(model, layout, machine, variates, imbalance)
-    reduction = seconds["all_reduce"] + seconds["reduce_scatter"]
+    whole_reduction = reduction = seconds["all_reduce"] + seconds["reduce_scatter"]
     if layout.overlaps_reduction or not layout.zero_stage:
         reduction = max(0.0, reduction - _BACKWARD_SHARE * compute / layout.accumulation_steps)
     parts = {
@@ -89,6 +92,7 @@ def predict_step(
     total = sum(parts.values())
     return StepTime(
         **parts,
+        hidden_reduction=whole_reduction - reduction,
         is_bound_by_launches=launches > computed,
         points_per_second=windows * variates * model.context_length / total,
         mfu=flops / layout.world_size / total / machine.peak_flops.value,
@@ -100,16 +104,28 @@ def exchange_seconds(exchange: Exchange, machine: Machine) -> float:
 
     Within a node it goes over the links. Between nodes a ring enters and leaves each node once, by
     the network ports of all its members there; an all-to-all sends to each rank by its own port.
+    Every step of a ring, or of an all-reduce's tree, adds a hop.
     """
+    latency = machine.latency.value + machine.hop.value * _further_steps(exchange)
     per_node = machine.ranks_per_node
     on_node = max(1, min(exchange.ranks, per_node // exchange.stride))
     link, network = machine.link_bandwidth.value, machine.network_bandwidth.value
     if on_node >= exchange.ranks:
-        return machine.latency.value + exchange.bytes_out / link
+        return latency + exchange.bytes_out / link
     if exchange.kind == "all_to_all":
         away = exchange.bytes_out * (exchange.ranks - on_node) / (exchange.ranks - 1)
-        return machine.latency.value + max(away / network, (exchange.bytes_out - away) / link)
-    return machine.latency.value + exchange.bytes_out / min(link, on_node * network)
+        return latency + max(away / network, (exchange.bytes_out - away) / link)
+    return latency + exchange.bytes_out / min(link, on_node * network)
+
+
+def _further_steps(exchange: Exchange) -> float:
+    """Count the steps of a collective beyond those between two ranks."""
+    match exchange.kind:
+        case "all_to_all":
+            return 0.0  # each sends to each at once
+        case "all_reduce":
+            return 2 * math.log2(max(exchange.ranks, 2)) - 2
+    return max(exchange.ranks - 2, 0)
 
 
 def _hidden_all_to_all(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def test_rates_of_a_json_file_replace_assumed_ones(tmp_path) -> None:
     assert (machine.flops.value, machine.latency.value) == (1.5e14, 1e-5)
     assert machine.flops.source == f"measured, {path}"
     assert machine.memory_bandwidth == MACHINE.memory_bandwidth
+
+
+def test_a_run_on_another_kind_of_device_is_refused(tmp_path) -> None:
+    run = write_run(tmp_path, [step(n, flops=1e12, compute_seconds=[0.2]) for n in range(9)])
+    path = run / "metrics.jsonl"
+    product = "fp32 matrix product of size 1024 on 1 thread(s), measured"
+    path.write_text(path.read_text().replace('{"ranks": 2}', json.dumps({"peak_is": product})))
+    with pytest.raises(ConfigError, match="say nothing of a100"):
+        with_measured(MACHINE, run)
+    with_measured(replace(MACHINE, is_gpu=False), run)
 
 
 def test_a_run_tells_rates_of_a_rank_after_its_first_steps(tmp_path) -> None:

@@ -11,7 +11,9 @@ from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
 
 MODEL = TimeTrackerConfig(d_model=256, num_layers=4, num_heads=4, feed_forward=MoEConfig())
-MACHINE = gpu_machine("h100", precision="bf16", ranks_per_node=8, network_gbps=400, tflops=100)
+_H100 = gpu_machine("h100", precision="bf16", ranks_per_node=8, network_gbps=400, tflops=100)
+# Bytes alone set the time of a collective, but for its start.
+MACHINE = replace(_H100, hop=Assumption(value=0.0, source="by hand"))
 LAYOUT = Layout(world_size=8, zero_stage=1, precision="bf16", micro_batch_size=4096)
 
 
@@ -36,6 +38,19 @@ def test_between_nodes_a_ring_has_the_ports_of_all_its_members_on_a_node() -> No
 def test_between_nodes_an_all_to_all_has_its_own_port_only() -> None:
     port = MACHINE.network_bandwidth.value
     assert exchange("all_to_all", ranks=16) == pytest.approx(1e8 * 8 / 15 / port)
+
+
+def test_a_ring_takes_longer_the_more_ranks_it_has_and_a_tree_by_their_logarithm() -> None:
+    hops = replace(MACHINE, hop=Assumption(value=1e-3, source="by hand"))
+
+    def steps(kind: str, ranks: int) -> float:
+        one = Exchange(kind=kind, what="", calls=1, ranks=ranks, stride=1, bytes_out=0)
+        return (exchange_seconds(one, hops) - hops.latency.value) / hops.hop.value
+
+    assert [steps("all_gather", n) for n in (2, 8, 64)] == pytest.approx([0, 6, 62])
+    assert [steps("reduce_scatter", n) for n in (2, 64)] == pytest.approx([0, 62])
+    assert [steps("all_reduce", n) for n in (2, 8, 64)] == pytest.approx([0, 4, 10])
+    assert steps("all_to_all", 64) == 0
 
 
 def test_compute_is_the_operations_of_a_rank_over_the_rate() -> None:
