@@ -30,6 +30,9 @@ class WindowBatch:
     patch of the context is a token of, -1 for none: fill, or only the target of the patch before
     it. None: a window holds one series."""
 
+    is_covariate_BC: Tensor | None = None
+    """bool; True for variates that help to forecast others and are not forecast. None: none."""
+
     @property
     def num_windows(self) -> int:
         """Windows in the batch."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from tsmoe.checkpoint.package import load_package, save_package
 from tsmoe.errors import CheckpointError, ConfigError
 from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.nn.variate_graph import Graph
 
 Floats = NDArray[np.float32]
 
@@ -36,7 +37,8 @@ class Forecaster:
     """A packaged model that forecasts any number of steps.
 
     Horizons longer than what the model forecasts in one pass are rolled: the forecast is appended
-    to the context and the oldest points dropped. Each variate is forecast by itself.
+    to the context and the oldest points dropped. Each variate is forecast by itself, unless the
+    model was fine-tuned with layers that mix them.
     """
 
     def __init__(self, model: TimeTracker, card: dict[str, Any], device: torch.device) -> None:
@@ -46,7 +48,6 @@ class Forecaster:
         self.quantile_levels: tuple[float, ...] = model.head.quantile_levels
         self.context_length: int = model.config.context_length
         self.patch_length: int = model.config.patch_length
-        self._tokens_per_patch = model.config.patch_length // model.config.patch_stride
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto") -> Forecaster:
@@ -99,7 +100,13 @@ class Forecaster:
 
     @torch.inference_mode()
     def forecast_batch(
-        self, context_BCL: Floats, prediction_length: int, *, batch_size: int = 256
+        self,
+        context_BCL: Floats,
+        prediction_length: int,
+        *,
+        batch_size: int = 256,
+        num_covariates: int = 0,
+        future_BFQ: Floats | None = None,
     ) -> Forecast:
         """Forecast what follows each context.
 
@@ -108,9 +115,16 @@ class Forecaster:
                 the last points are used. A variate without any observation is forecast as 0.
             prediction_length: steps to forecast, at least 1.
             batch_size: univariate sequences that pass the model together.
+            num_covariates: last variates of the context that are not forecast.
+            future_BFQ: values in the steps to forecast of the last F covariates, NaN where not
+                known; F may be 0.
+
+        Returns:
+            Forecasts of the variates that are no covariates.
 
         Raises:
-            ConfigError: if `prediction_length` is below 1 or the context is empty or infinite.
+            ConfigError: if `prediction_length` is below 1, the context is empty or infinite, or
+                covariates do not fit.
         """
         if prediction_length < 1:
             raise ConfigError(f"prediction_length is {prediction_length}; it must be at least 1")
@@ -124,13 +138,21 @@ class Forecaster:
         if np.isinf(context_BCL).any():
             raise ConfigError("the context holds infinite values; mark them as missing (NaN)")
         windows, variates, _ = context_BCL.shape
+        future = self._check_covariates(context_BCL, prediction_length, num_covariates, future_BFQ)
+        num_targets = variates - num_covariates
         # A copy: torch takes neither mirrored arrays nor, without a warning, read-only ones.
-        series_XL = torch.from_numpy(context_BCL[..., -self.context_length :].copy()).flatten(0, 1)
-        pieces = [
-            self._roll(piece_XL.to(self.device), prediction_length).cpu()
-            for piece_XL in series_XL.split(batch_size)
+        series_BCL = torch.from_numpy(context_BCL[..., -self.context_length :].copy())
+        if self.mixes_variates:
+            per_pass = max(1, batch_size // variates)
+        else:
+            series_BCL = series_BCL[:, :num_targets].flatten(0, 1).unsqueeze(1)
+            future, per_pass = series_BCL.new_empty(len(series_BCL), 0, prediction_length), batch_size
+        rolls = [
+            _Roll(self.model, piece.to(self.device), known.to(self.device), num_covariates)
+            for piece, known in zip(series_BCL.split(per_pass), future.split(per_pass), strict=True)
         ]
-        predicted_BCQK = torch.cat(pieces).unflatten(0, (windows, variates))
+        pieces = [roll.forecast(prediction_length).cpu() for roll in rolls]
+        predicted_BCQK = torch.cat(pieces).reshape(windows, num_targets, prediction_length, -1)
         if not self.quantile_levels:
             return Forecast(mean_BCQ=predicted_BCQK[..., 0].numpy(), quantiles_BCQK=None)
         median = self.quantile_levels.index(0.5)
@@ -138,31 +160,131 @@ class Forecaster:
             mean_BCQ=predicted_BCQK[..., median].numpy(), quantiles_BCQK=predicted_BCQK.numpy()
         )
 
-    def _roll(self, series_XL: Tensor, prediction_length: int) -> Tensor:
-        """Return predictions of shape (X, Q, K), as many patches at a time as the model learned."""
-        predicted: list[Tensor] = []
-        missing = -(-prediction_length // self.patch_length)
-        while missing:
-            count = min(missing, self.model.config.lookahead_patches)
-            patches_XQK = self._next_patches(series_XL, count)
-            predicted.append(patches_XQK)
-            missing -= count
-            # Rolled on by the point forecast: what quantiles of later patches miss is the
-            # uncertainty of earlier ones.
-            point_XQ = self.model.head.point_forecast(patches_XQK)
-            series_XL = torch.cat((series_XL, point_XQ), dim=1)[:, -self.context_length :]
-        return torch.cat(predicted, dim=1)[:, :prediction_length]
+    @torch.inference_mode()
+    def graph(self, context_CL: Floats, *, num_covariates: int = 0) -> Graph:
+        """Return the graph of one window's variates, that the channel-mixed layers look along.
 
-    def _next_patches(self, series_XL: Tensor, count: int) -> Tensor:
+        Raises:
+            ConfigError: if the model treats each variate by itself.
+        """
+        if not self.mixes_variates or self.model.variate_graph is None:
+            raise ConfigError(
+                "the model has no graph: each variate is forecast by itself; fine-tune it with "
+                "mixing.num_channel_mixed_layers above 0"
+            )
+        context = torch.from_numpy(np.asarray(context_CL, np.float32)[:, -self.context_length :])
+        values_BCL = context.clone()[None].to(self.device)
+        is_covariate_BC = _is_covariate(values_BCL, num_covariates)
+        return self.model.variate_graph(values_BCL, ~values_BCL.isnan(), is_covariate_BC)
+
+    @property
+    def mixes_variates(self) -> bool:
+        """Whether variates see one another, so that whole windows pass the model."""
+        return self.model.config.num_channel_mixed_layers > 0
+
+    def _check_covariates(
+        self,
+        context_BCL: Floats,
+        prediction_length: int,
+        num_covariates: int,
+        future_BFQ: Floats | None,
+    ) -> Tensor:
+        """Return the known future, with no variate where nothing is known."""
+        windows, variates, _ = context_BCL.shape
+        if not 0 <= num_covariates < variates:
+            raise ConfigError(
+                f"num_covariates is {num_covariates} for {variates} variates; at least one must be "
+                "left to forecast"
+            )
+        if future_BFQ is None:
+            return torch.empty(windows, 0, prediction_length)
+        future = np.array(future_BFQ, np.float32)
+        expected = (windows, prediction_length)
+        if future.ndim != 3 or (future.shape[0], future.shape[2]) != expected:
+            raise ConfigError(
+                f"future_BFQ has shape {future.shape}; expected {windows} windows x known "
+                f"covariates x {prediction_length} steps"
+            )
+        if future.shape[1] > num_covariates:
+            raise ConfigError(
+                f"future_BFQ has {future.shape[1]} variates, but num_covariates is {num_covariates}"
+            )
+        if future.shape[1] and not self.mixes_variates:
+            raise ConfigError(
+                "covariates are given, but this model forecasts each variate by itself; fine-tune "
+                "it with mixing.num_channel_mixed_layers above 0"
+            )
+        if np.isinf(future).any():
+            raise ConfigError("future_BFQ holds infinite values; mark them as missing (NaN)")
+        return torch.from_numpy(future)
+
+
+class _Roll:
+    """Windows that pass the model again and again, a few patches further each time."""
+
+    def __init__(
+        self, model: TimeTracker, series_BCL: Tensor, future_BFQ: Tensor, num_covariates: int
+    ) -> None:
+        self.model, self.config = model, model.config
+        self.series_BCL = series_BCL
+        self.num_known = future_BFQ.shape[1]
+        self.is_covariate_BC = _is_covariate(series_BCL, num_covariates)
+        self.num_targets = series_BCL.shape[1] - num_covariates
+        known = series_BCL[:, series_BCL.shape[1] - self.num_known :]
+        # Rows of the known covariates from the first of the context to the last that is known.
+        self.known_BFT = torch.cat((known, future_BFQ), dim=-1)
+        self.origin = series_BCL.shape[-1]
+
+    def forecast(self, prediction_length: int) -> Tensor:
+        """Return predictions of shape (B, targets, Q, K), as many patches at a time as learned."""
+        predicted: list[Tensor] = []
+        missing = -(-prediction_length // self.config.patch_length)
+        while missing:
+            count = min(missing, self.config.lookahead_patches)
+            patches_BCQK = self._next_patches(count)
+            predicted.append(patches_BCQK[:, : self.num_targets])
+            missing -= count
+            if not missing:
+                break
+            # Rolled on by the point forecast: what quantiles of later patches miss is the
+            # uncertainty of earlier ones. Nothing is known of covariates, which are not forecast.
+            point_BCQ = self.model.head.point_forecast(patches_BCQK)
+            point_BCQ[:, self.num_targets :] = torch.nan
+            self.series_BCL = torch.cat((self.series_BCL, point_BCQ), dim=-1)
+            self.origin += point_BCQ.shape[-1]
+        return torch.cat(predicted, dim=2)[:, :, :prediction_length]
+
+    def _next_patches(self, count: int) -> Tensor:
         """Forecast `count` patches in one pass: all but the last are a gap at the end."""
-        gap = series_XL.new_full((len(series_XL), (count - 1) * self.patch_length), torch.nan)
-        series_XL = torch.cat((series_XL, gap), dim=1)[:, -self.context_length :]
-        observed_XL = ~series_XL.isnan()
-        output = self.model(series_XL[:, None], observed_XL[:, None])
+        patch_length, stride = self.config.patch_length, self.config.patch_stride
+        gap = (count - 1) * patch_length
+        window_BCL = torch.nn.functional.pad(self.series_BCL, (0, gap), value=torch.nan)
+        window_BCL = window_BCL[..., -self.config.context_length :].clone()
+        if self.num_known:
+            window_BCL[:, -self.num_known :] = self._known(window_BCL.shape[-1], gap + patch_length)
+        output = self.model(
+            window_BCL, ~window_BCL.isnan(), is_covariate_BC=self.is_covariate_BC
+        )
         # Tokens whose ends lie one patch apart, the last one at the end of the gap.
-        tokens = slice(-1 - (count - 1) * self._tokens_per_patch, None, self._tokens_per_patch)
+        per_patch = patch_length // stride
+        tokens = slice(-1 - (count - 1) * per_patch, None, per_patch)
         statistics = output.statistics
-        patches_XNPK = output.prediction_BCNPK[:, 0, tokens].float()
-        patches_XNPK = patches_XNPK * statistics.scale_BCN1[:, 0, tokens, :, None]
-        patches_XNPK = patches_XNPK + statistics.loc_BCN1[:, 0, tokens, :, None]
-        return patches_XNPK.sort(dim=-1).values.flatten(1, 2)
+        patches_BCNPK = output.prediction_BCNPK[:, :, tokens].float()
+        patches_BCNPK = patches_BCNPK * statistics.scale_BCN1[:, :, tokens, :, None]
+        patches_BCNPK = patches_BCNPK + statistics.loc_BCN1[:, :, tokens, :, None]
+        return patches_BCNPK.sort(dim=-1).values.flatten(2, 3)
+
+    def _known(self, length: int, ahead: int) -> Tensor:
+        """Return covariates one patch ahead of the window, whose last points may be unknown."""
+        end = self.origin + ahead
+        missing = max(0, end - self.known_BFT.shape[-1])
+        known_BFT = torch.nn.functional.pad(self.known_BFT, (0, missing), value=torch.nan)
+        return known_BFT[..., end - length : end]
+
+
+def _is_covariate(values_BCL: Tensor, num_covariates: int) -> Tensor | None:
+    if not num_covariates:
+        return None
+    windows, variates, _ = values_BCL.shape
+    place_C = torch.arange(variates, device=values_BCL.device)
+    return (place_C >= variates - num_covariates).expand(windows, -1)

@@ -16,7 +16,7 @@ from tsmoe.heads import NextPatchHead
 from tsmoe.models.output import ModelOutput
 from tsmoe.nn.spans import NO_SERIES
 
-ErrorUnit = Literal["token", "window"]
+ErrorUnit = Literal["token", "window", "values"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,12 @@ def next_patch_loss(
         output: of the context.
         target_BCNP: what followed, in the unit of the values.
         is_target_BCNP: True where a point counts.
-        error_unit: what errors are measured in: the scale of the `token` that predicts, or that of
-            the whole `window` (of a packed one the part of the token's series). Ours: a token that
-            has seen little has a small scale and a large error in it; in the unit of the window all
-            tokens weigh as they do in a forecast's error. Only the weight of an error knows the
-            window, no input does.
+        error_unit: what errors are measured in: the scale of the `token` that predicts, that of
+            the whole `window` (of a packed one the part of the token's series), or the unit of the
+            `values` themselves, which is that of a table's errors. Ours: a token that has seen
+            little has a small scale and a large error in it; in the unit of the window all tokens
+            weigh as they do in a forecast's error. Only the weight of an error knows the window, no
+            input does.
         target_clip: normalised targets are clipped to this many scales. Ours: after a nearly
             constant past the scale is tiny, and one jump would outweigh the batch.
     """
@@ -90,6 +91,8 @@ def next_patch_loss(
             final_BCN1 = statistics.scale_BCN1.gather(2, output.spans.last_BCN[..., None])
         relative_BCN1 = statistics.scale_BCN1 / final_BCN1
         errors_BCNP = errors_BCNP * relative_BCN1**head.error_power
+    elif error_unit == "values":
+        errors_BCNP = errors_BCNP * statistics.scale_BCN1**head.error_power
     errors_BCNP = torch.where(is_measurable_BCNP, errors_BCNP, 0)
     return LossTerms(
         error_B=errors_BCNP.sum((1, 2, 3)),

@@ -56,6 +56,8 @@ class CheckpointMeta:
     stream: list[dict[str, Any]] | None = None
     """Where each rank stands in a streamed data set; None for a corpus, whose order is a function
     of `windows_seen`."""
+    guard: dict[str, Any] | None = None
+    """What a fine-tuning run remembers of its validations; None in pretraining."""
     files: tuple[FileRecord, ...] = ()
     format_version: int = FORMAT_VERSION
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,17 @@ def load_package(folder: Path) -> tuple[TimeTracker, dict[str, Any]]:
     return model.eval(), card
 
 
-def model_from_checkpoint(folder: Path, meta: CheckpointMeta) -> TimeTracker:
-    """Build the whole model of a checkpoint in this process, experts of all ranks together."""
+def model_from_checkpoint(
+    folder: Path, meta: CheckpointMeta, *, prepare: Callable[[TimeTracker], None] | None = None
+) -> TimeTracker:
+    """Build the whole model of a checkpoint in this process, experts of all ranks together.
+
+    `prepare` adds what training had added to the model before its weights are read.
+    """
     config = decode(ModelConfig, meta.config["model"], origin=f"{folder}: model")
     model = build_model(config)
+    if prepare is not None:
+        prepare(model)
     experts = expert_parameters(model)
     with StateReader(folder, meta) as reader, torch.no_grad():
         reader.check_names(model)

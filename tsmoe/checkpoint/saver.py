@@ -66,6 +66,7 @@ class CheckpointSaver:
     def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks) -> None:
         """Every rank must call it; the first one clears what an earlier run left half-written."""
         self.folder, self.config, self.ranks = folder, config, ranks
+        self._protected: int | None = None
         self._pending: _Pending | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if ranks.is_first:
@@ -90,6 +91,10 @@ class CheckpointSaver:
         folder = self.folder / f"{INCOMPLETE_PREFIX}{step_folder(meta.step)}"
         written = self._writer.submit(_write_files, folder, snapshot)
         self._pending = _Pending(meta, folder, written)
+
+    def protect(self, step: int | None) -> None:
+        """Keep the checkpoint of a step, whatever comes after it, until another is protected."""
+        self._protected = step
 
     def finish(self) -> bool:
         """Wait for the pending checkpoint of all ranks and commit it.
@@ -162,7 +167,7 @@ class CheckpointSaver:
         milestone = self.config.milestone_every_steps
         for old in steps[: -self.config.keep]:
             step = int(old.name.removeprefix("step_"))
-            if milestone is None or step % milestone:
+            if step != self._protected and (milestone is None or step % milestone):
                 # Out of sight first, so that no half-deleted folder looks whole.
                 hidden = old.rename(old.with_name(f"{INCOMPLETE_PREFIX}{old.name}"))
                 shutil.rmtree(hidden)

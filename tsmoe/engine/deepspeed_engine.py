@@ -15,7 +15,7 @@ from torch import Tensor
 from tsmoe.batch import WindowBatch
 from tsmoe.checkpoint.elastic import Snapshot, StateReader, restore, take_snapshot
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig, deepspeed_json
-from tsmoe.engine.optimizer import OptimizerConfig, parameter_groups
+from tsmoe.engine.optimizer import OptimizerConfig, parameter_groups, set_learning_rate
 from tsmoe.engine.plain_engine import Precision
 from tsmoe.engine.protocol import UpdateReport
 from tsmoe.engine.zero_state import GroupedState, SlicedState, ZeroState
@@ -93,8 +93,11 @@ class DeepSpeedEngine:
         import deepspeed
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
+        from tsmoe.engine.deepspeed_moe import rest_untrained_experts
+
         self.model = model
         self.ranks = ranks
+        rest_untrained_experts(model)
         groups = parameter_groups(model, optimizer_config)
         # Stage 3 splits groups by itself, by the ranks that a parameter is spread over.
         has_marked = any(getattr(p, "allreduce", True) is False for p in model.parameters())
@@ -152,6 +155,7 @@ class DeepSpeedEngine:
             batch.values_BCL[..., :length],
             batch.observed_BCL[..., :length],
             series_BCN=batch.series_BCN,
+            is_covariate_BC=batch.is_covariate_BC,
         )
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
@@ -162,8 +166,7 @@ class DeepSpeedEngine:
 
     def update(self, *, lr: float) -> UpdateReport:
         """Clip and step; DeepSpeed skips the update if the gradient is not finite."""
-        for group in self._zero.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._zero.param_groups, lr)
         self._engine.step()
         return UpdateReport(grad_norm=float(self._engine.get_global_grad_norm()))
 

@@ -84,6 +84,23 @@ def expert_ranks(world: Ranks, expert_parallel_size: int) -> Ranks:
     )
 
 
+def rest_untrained_experts(model: nn.Module) -> None:
+    """Have DeepSpeed pass over experts that are not trained, under stages 1 and 2.
+
+    It insists on a group of expert parameters in the optimizer wherever it sees its `MoE`. Without
+    one, its broadcast at the start must leave them alone too: other ranks hold other experts.
+    """
+    for module in model.modules():
+        if isinstance(module, DeepSpeedExperts) and not any(
+            parameter.requires_grad for parameter in module.parameters(recurse=False)
+        ):
+            module.__class__ = Experts  # type: ignore[assignment]
+            for parameter in module.parameters(recurse=False):
+                resting: Any = parameter
+                del resting.allreduce
+                resting.ds_optim_param = True
+
+
 def _mark(parameter: nn.Parameter, group_name: str) -> None:
     parameter.allreduce = False  # type: ignore[attr-defined]
     parameter.group_name = group_name  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from tsmoe.checkpoint.elastic import (
     take_snapshot,
 )
 from tsmoe.config import Section
-from tsmoe.engine.optimizer import OptimizerConfig, parameter_groups
+from tsmoe.engine.optimizer import OptimizerConfig, parameter_groups, set_learning_rate
 from tsmoe.engine.protocol import UpdateReport
 from tsmoe.errors import ConfigError
 from tsmoe.models.output import ModelOutput
@@ -94,6 +94,7 @@ class PlainEngine:
                 batch.values_BCL[..., :length],
                 batch.observed_BCL[..., :length],
                 series_BCN=batch.series_BCN,
+                is_covariate_BC=batch.is_covariate_BC,
             )
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
@@ -103,8 +104,7 @@ class PlainEngine:
 
     def update(self, *, lr: float) -> UpdateReport:
         """Clip and step, unless the gradient is not finite."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer.param_groups, lr)
         norm = self._accelerator.clip_grad_norm_(self._wrapped.parameters(), self._clip)
         grad_norm = float(norm)
         if math.isfinite(grad_norm):

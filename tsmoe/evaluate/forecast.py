@@ -88,6 +88,8 @@ def evaluate_forecast(
     season: int | None = None,
     baselines: Iterable[str] = BASELINES,
     batch_size: int = 256,
+    num_covariates: int = 0,
+    num_known_future: int = 0,
     progress: Progress | None = None,
 ) -> ForecastEvaluation:
     """Forecast every test window of a table and compare with the baselines.
@@ -100,6 +102,9 @@ def evaluate_forecast(
         season: steps in one season; None takes the usual one of the sampling interval.
         baselines: any of `BASELINES`; `linear` is the only one that is fitted.
         batch_size: windows that are forecast together.
+        num_covariates: last variates of the table, that the forecaster sees and does not forecast;
+            baselines do not see them.
+        num_known_future: last covariates, whose values in the steps to forecast it sees too.
 
     Raises:
         ConfigError: for an unknown protocol or baseline, an unknown season, or one longer than
@@ -120,19 +125,20 @@ def evaluate_forecast(
     season = _find_season(table, season, is_required="seasonal_naive" in baselines)
     if "seasonal_naive" in baselines:
         check_season(season, context_length)
-    _check_targets(table, borders)
+    num_targets = len(table.variates) - num_covariates
+    _check_targets(table, borders, num_targets=num_targets)
     scaler = fit_scaler(table.values_LC[: borders.train_end], table.variates, path=table.path)
     scaled_LC = scaler.scale(table.values_LC)
     references = _fit_baselines(
         baselines,
-        scaled_LC,
+        scaled_LC[:, :num_targets],
         borders,
         season=season,
         context_length=context_length,
         prediction_length=prediction_length,
         path=table.path,
     )
-    seasonal_error_C = seasonal_differences(scaled_LC[: borders.train_end], season)
+    seasonal_error_C = seasonal_differences(scaled_LC[: borders.train_end, :num_targets], season)
     levels = tuple(forecaster.quantile_levels)
     own = ForecastMetrics(seasonal_error_C, quantile_levels=levels)
     others = {name: ForecastMetrics(seasonal_error_C) for name in references}
@@ -147,8 +153,13 @@ def evaluate_forecast(
         block_size=batch_size,
     ):
         forecast = forecaster.forecast_batch(
-            block.context_BCL, prediction_length, batch_size=batch_size
+            block.context_BCL,
+            prediction_length,
+            batch_size=batch_size,
+            num_covariates=num_covariates,
+            future_BFQ=block.target_BCQ[:, len(table.variates) - num_known_future :],
         )
+        block = block.of_first(num_targets)
         _check_finite(forecast, block, table=table, borders=borders)
         own.update(forecast.mean_BCQ, block.target_BCQ, quantiles_BCQK=forecast.quantiles_BCQK)
         for name, baseline in references.items():
@@ -162,7 +173,7 @@ def evaluate_forecast(
                 block,
                 place=windows // 2 - block.first,
                 table=table,
-                scaler=scaler,
+                scaler=scaler.of_first(num_targets),
                 first_row=borders.validation_end + windows // 2 - context_length,
                 levels=levels,
             )
@@ -175,7 +186,7 @@ def evaluate_forecast(
         prediction_length=prediction_length,
         windows=windows,
         protocol=protocol,
-        variates=table.variates,
+        variates=table.variates[:num_targets],
         scores={MODEL: own.scores(), **{name: sums.scores() for name, sums in others.items()}},
         example=example,
     )
@@ -245,8 +256,8 @@ def _find_season(table: "Table", season: int | None, *, is_required: bool) -> in
     return season or 1  # mase alone can do without a season
 
 
-def _check_targets(table: "Table", borders: Borders) -> None:
-    test_LC = table.values_LC[borders.validation_end : borders.test_end]
+def _check_targets(table: "Table", borders: Borders, *, num_targets: int) -> None:
+    test_LC = table.values_LC[borders.validation_end : borders.test_end, :num_targets]
     if not np.isfinite(test_LC).any():
         raise DataError(
             f"{table.path}: no observed value in the test part (rows {borders.validation_end} to "
@@ -286,7 +297,7 @@ def _picture(
     quantiles_BCQK = forecast.quantiles_BCQK
     rows = block.context_BCL.shape[-1] + block.target_BCQ.shape[-1]
     return ForecastPicture(
-        variates=table.variates,
+        variates=table.variates[: block.context_BCL.shape[1]],
         context_CL=scaler.unscale(block.context_BCL[place]),
         truth_CQ=scaler.unscale(block.target_BCQ[place]),
         mean_CQ=scaler.unscale(forecast.mean_BCQ[place]),

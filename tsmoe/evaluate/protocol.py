@@ -52,6 +52,10 @@ class Scaler:
         """Standardise, in float32; NaN stays NaN."""
         return ((values_LC - self.mean_C) / self.std_C).astype(np.float32)
 
+    def of_first(self, count: int) -> "Scaler":
+        """Return that of the first variates alone."""
+        return Scaler(mean_C=self.mean_C[:count], std_C=self.std_C[:count])
+
     def unscale(self, values_CQ: np.ndarray) -> np.ndarray:
         """Bring scaled values with the variates first back to the unit of the table."""
         return (values_CQ * self.std_C[:, None] + self.mean_C[:, None]).astype(np.float32)
@@ -64,6 +68,14 @@ class WindowBlock:
     first: int
     context_BCL: np.ndarray
     target_BCQ: np.ndarray
+
+    def of_first(self, count: int) -> "WindowBlock":
+        """Return the same windows of the first variates alone."""
+        return WindowBlock(
+            first=self.first,
+            context_BCL=self.context_BCL[:, :count],
+            target_BCQ=self.target_BCQ[:, :count],
+        )
 
 
 def ltsf_borders(

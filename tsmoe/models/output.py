@@ -13,6 +13,7 @@ from torch import Tensor
 from tsmoe.moe.routing import Routing
 from tsmoe.nn.instance_norm import InstanceStatistics
 from tsmoe.nn.spans import SeriesSpans
+from tsmoe.nn.variate_graph import Graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +27,5 @@ class ModelOutput:
     """One per expert layer, first layer first."""
     spans: SeriesSpans | None = None
     """Of packed windows; what is predicted by tokens of no series has no meaning."""
+    graph: Graph | None = None
+    """Of the variates of each window, where layers mix them by a graph of the model's own."""

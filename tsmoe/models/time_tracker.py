@@ -26,6 +26,7 @@ from tsmoe.nn.instance_norm import InstanceNormConfig, instance_statistics, pack
 from tsmoe.nn.patch import PatchEmbedding, cut_patches, patch_ends
 from tsmoe.nn.rms_norm import RMSNorm
 from tsmoe.nn.spans import SeriesSpans
+from tsmoe.nn.variate_graph import Graph, VariateGraph, VariateGraphConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,11 @@ class TimeTrackerConfig(Section):
     dropout: float = 0.0
     """On the outputs of attention and feed-forward, while training."""
     rotary_base: float = 10000.0
+    num_channel_mixed_layers: int = 0
+    """Last layers in which a variate may look at others, as the graph of its window says; 0 in
+    channel-independent pretraining. Ours: the pretrained layers themselves, no new ones."""
+    graph: VariateGraphConfig = field(default_factory=VariateGraphConfig)
+    """Of the variates; heeded where layers are channel-mixed."""
     instance_norm: InstanceNormConfig = field(default_factory=InstanceNormConfig)
     feed_forward: FeedForwardConfig = field(default_factory=MoEConfig)
     head: HeadConfig = field(default_factory=PointHeadConfig)
@@ -78,6 +84,11 @@ class TimeTrackerConfig(Section):
             raise ValueError(
                 f"d_model ({self.d_model}), num_layers ({self.num_layers}) and num_heads "
                 f"({self.num_heads}) must be at least 1, rotary_base ({self.rotary_base}) above 1"
+            )
+        if not 0 <= self.num_channel_mixed_layers <= self.num_layers:
+            raise ValueError(
+                f"num_channel_mixed_layers ({self.num_channel_mixed_layers}) must lie between 0 "
+                f"and num_layers ({self.num_layers})"
             )
         if isinstance(self.feed_forward, MoEConfig):
             self.feed_forward.check_alignment(self.d_model)
@@ -130,6 +141,9 @@ class TimeTracker(nn.Module):
                 )
                 for layer_index in range(config.num_layers)
             )
+            self.variate_graph: VariateGraph | None = None
+            if config.num_channel_mixed_layers:
+                self.variate_graph = VariateGraph(config.graph)
             self.output_norm = RMSNorm(config.d_model)
             self.head = build_head(config.head, config.d_model, config.patch_length)
             self._initialise()
@@ -141,15 +155,24 @@ class TimeTracker(nn.Module):
         adjacency_BCC: Tensor | None = None,
         *,
         series_BCN: Tensor | None = None,
+        is_covariate_BC: Tensor | None = None,
     ) -> ModelOutput:
         """Predict the patch after each token.
 
         Args:
             values_BCL: points in any unit; L need not be a multiple of the patch length.
             observed_BCL: True where recorded; other values are ignored and may be NaN.
-            adjacency_BCC: which variates may look at which; None keeps each to itself.
+            adjacency_BCC: which variates may look at which in the channel-mixed layers; None asks
+                the model's own graph.
             series_BCN: of packed windows, see `WindowBatch`: each series is seen as if alone.
+            is_covariate_BC: True for variates that others may always look at and that look at none.
+
+        Raises:
+            ValueError: if an adjacency or packed windows are given that the layers have no use for.
         """
+        adjacency_BCC, graph = self._graph_of(
+            values_BCL, observed_BCL, adjacency_BCC, series_BCN, is_covariate_BC
+        )
         cut = {"patch_length": self.config.patch_length, "patch_stride": self.config.patch_stride}
         patches_BCNP = cut_patches(values_BCL, **cut)
         observed_BCNP = cut_patches(observed_BCL, **cut)
@@ -174,19 +197,21 @@ class TimeTracker(nn.Module):
         tokens_BCND = self.embed(normalised_BCNP.to(self.embed.values.weight.dtype), observed_BCNP)
         routings: list[Routing] = []
         state: Tensor | None = None
-        for block in self.blocks:
+        first_mixed = self.config.num_layers - self.config.num_channel_mixed_layers
+        for layer, block in enumerate(self.blocks):
+            seen_BCC = adjacency_BCC if layer >= first_mixed else None
             if self.recomputes_activations and torch.is_grad_enabled():
                 tokens_BCND, routing, state = checkpoint(
                     block,
                     tokens_BCND,
-                    adjacency_BCC,
+                    seen_BCC,
                     state,
                     spans=spans,
                     record=RoutingRecord(),
                     use_reentrant=False,
                 )
             else:
-                tokens_BCND, routing, state = block(tokens_BCND, adjacency_BCC, state, spans=spans)
+                tokens_BCND, routing, state = block(tokens_BCND, seen_BCC, state, spans=spans)
             if routing is not None:
                 routings.append(routing)
         prediction_BCNPK = self.head(self.output_norm(tokens_BCND))
@@ -195,7 +220,31 @@ class TimeTracker(nn.Module):
             statistics=statistics,
             routings=tuple(routings),
             spans=spans,
+            graph=graph,
         )
+
+    def _graph_of(
+        self,
+        values_BCL: Tensor,
+        observed_BCL: Tensor,
+        adjacency_BCC: Tensor | None,
+        series_BCN: Tensor | None,
+        is_covariate_BC: Tensor | None,
+    ) -> tuple[Tensor | None, Graph | None]:
+        """Return what the channel-mixed layers look along, and the graph it comes from."""
+        if self.variate_graph is None:
+            if adjacency_BCC is not None:
+                raise ValueError("an adjacency is given, but num_channel_mixed_layers is 0")
+            return None, None
+        if series_BCN is not None:
+            raise ValueError(
+                "packed windows hold strangers, which channel-mixed layers cannot keep apart; "
+                "num_channel_mixed_layers must be 0 for them"
+            )
+        if adjacency_BCC is not None:
+            return adjacency_BCC, None
+        graph: Graph = self.variate_graph(values_BCL, observed_BCL, is_covariate_BC)
+        return graph.adjacency_BCC, graph
 
     def routers(self) -> list[AnyRouter]:
         """Routers of the expert layers, in the order of `ModelOutput.routings`."""

@@ -49,8 +49,8 @@ class AnyVariateAttention(nn.Module):
 
         Args:
             tokens_BCND: normalised tokens.
-            adjacency_BCC: bool, row i names the variates that variate i may look at; its diagonal
-                must be True. None: every variate by itself.
+            adjacency_BCC: bool, or 0 and 1 with a gradient; row i names the variates that variate i
+                may look at; its diagonal must be True. None: every variate by itself.
             spans: of a packed window, whose series look at their own past only; not to be had
                 together with an adjacency.
         """

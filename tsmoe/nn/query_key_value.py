@@ -26,10 +26,15 @@ class QueryKeyValue(nn.Linear):
         """Map (..., D) to (..., 3D), coordinates of queries and keys in pairs if wanted."""
         weight = self.weight
         if is_paired:
-            turned, value = weight.tensor_split((2 * self.in_features,))
-            by_half = turned.unflatten(0, (2 * self.num_heads, 2, -1))
-            weight = torch.cat((by_half.transpose(1, 2).flatten(0, 2), value))
+            weight = rows_in_pairs(weight, self)
         return F.linear(tokens, weight)
+
+
+def rows_in_pairs(weight: Tensor, projection: QueryKeyValue) -> Tensor:
+    """Order the rows of a matrix with 3D outputs so that coordinates to be turned are neighbours."""
+    turned, value = weight.tensor_split((2 * projection.in_features,))
+    by_half = turned.unflatten(0, (2 * projection.num_heads, 2, -1))
+    return torch.cat((by_half.transpose(1, 2).flatten(0, 2), value))
 
 
 def wants_pairs(tokens: Tensor) -> bool:

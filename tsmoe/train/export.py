@@ -15,6 +15,7 @@ from tsmoe.checkpoint.elastic import expert_parameters
 from tsmoe.checkpoint.layout import CheckpointMeta
 from tsmoe.checkpoint.package import model_from_checkpoint, save_package
 from tsmoe.checkpoint.resume import open_checkpoint
+from tsmoe.errors import CheckpointError
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.moe.layer import MoEConfig
 
@@ -28,6 +29,11 @@ def export_package(checkpoint: Path, package: Path) -> dict[str, Any]:
         CheckpointError: if the checkpoint is missing or damaged, or the package can't be written.
     """
     folder, meta = open_checkpoint(checkpoint)
+    if meta.guard is not None:
+        raise CheckpointError(
+            f"{folder}: a checkpoint of fine-tuning, whose package stands in "
+            f"{folder.parent.parent / 'package'} when the run has ended"
+        )
     model = model_from_checkpoint(folder, meta)
     card = _card(model, meta, folder)
     save_package(package, model, card)

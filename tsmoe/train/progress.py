@@ -26,7 +26,7 @@ class TrainingProgress:
     """Use as a context manager; silent where `is_shown` is False."""
 
     def __init__(
-        self, *, steps: int, first_step: int, log_every_steps: int, is_shown: bool
+        self, *, steps: int, first_step: int, log_every_steps: int, is_shown: bool, doing: str
     ) -> None:
         self._steps, self._first_step = steps, first_step
         self._log_every_steps = log_every_steps
@@ -36,7 +36,7 @@ class TrainingProgress:
         self._bar: Progress | None = None
         if is_shown and sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("pretraining"),
+                TextColumn(doing),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),

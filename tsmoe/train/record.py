@@ -5,21 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+from tsmoe.models import ModelConfig
 from tsmoe.moe.routers import AnyRouter
 from tsmoe.ranks import Ranks
 from tsmoe.train.metrics import MetricsWriter, load_biases
 from tsmoe.train.progress import TrainingProgress
-from tsmoe.train.run_config import RunConfig
+from tsmoe.train.run_config import TrainingConfig
 from tsmoe.train.step import StepReport
 from tsmoe.train.throughput import Peak, find_peak, throughput
+
+
+class RecordedRun(Protocol):
+    """What is asked of a run's configuration."""
+
+    @property
+    def run(self) -> str: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def training(self) -> TrainingConfig: ...
 
 
 class RunRecord:
     """Metrics on disk and progress on the screen. Use as a context manager."""
 
-    def __init__(self, config: RunConfig, *, first_step: int, ranks: Ranks) -> None:
+    def __init__(
+        self, config: RecordedRun, *, first_step: int, ranks: Ranks, doing: str = "pretraining"
+    ) -> None:
         """Open the run's files on the first rank, and find out what its machine can compute."""
         training = config.training
         self._model = config.model
@@ -28,6 +42,7 @@ class RunRecord:
             first_step=first_step,
             log_every_steps=training.log_every_steps,
             is_shown=ranks.is_first,
+            doing=doing,
         )
         self._writer: MetricsWriter | None = None
         self._peak = Peak(flops_per_second=None, source="not asked for")

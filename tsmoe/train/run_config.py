@@ -20,6 +20,7 @@ from tsmoe.engine.plain_engine import Precision
 from tsmoe.errors import ConfigError
 from tsmoe.losses import ErrorUnit
 from tsmoe.models import ModelConfig
+from tsmoe.models.block import FeedForwardConfig
 from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
 from tsmoe.train.schedule import BalanceConfig, ScheduleConfig
@@ -147,14 +148,7 @@ class RunConfig(Section):
         Raises:
             ConfigError: naming both fields and both values.
         """
-        training = self.training
-        per_pass = training.micro_batch_size * world_size
-        if training.global_batch_size % per_pass:
-            raise ConfigError(
-                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
-                f"training.micro_batch_size ({training.micro_batch_size}) times the number of "
-                f"ranks ({world_size}); {_fitting_sizes(training, world_size)}"
-            )
+        check_batches(self.training, world_size)
         self.expert_parallel_size(world_size)
 
     def expert_parallel_size(self, world_size: int) -> int:
@@ -163,29 +157,54 @@ class RunConfig(Section):
         Raises:
             ConfigError: if that many cannot, naming both fields and both values.
         """
-        feed_forward = self.model.feed_forward
-        num_experts = feed_forward.num_experts if isinstance(feed_forward, MoEConfig) else 1
-        if not isinstance(self.engine, DeepSpeedEngineConfig):
-            return 1
-        size = self.engine.expert_parallel_size
-        if size == "auto":
-            return math.gcd(world_size, num_experts)
-        if world_size % size:
-            raise ConfigError(
-                f"engine.expert_parallel_size ({size}) must divide the number of ranks "
-                f"({world_size}); start more ranks or set engine.expert_parallel_size=auto"
-            )
-        if not isinstance(feed_forward, MoEConfig) and size > 1:
-            raise ConfigError(
-                f"engine.expert_parallel_size is {size}, but model.feed_forward is dense; "
-                "set engine.expert_parallel_size=auto"
-            )
-        if num_experts % size:
-            raise ConfigError(
-                f"engine.expert_parallel_size ({size}) must divide "
-                f"model.feed_forward.num_experts ({num_experts})"
-            )
-        return size
+        return ranks_that_share_experts(self.engine, self.model.feed_forward, world_size)
+
+
+def check_batches(training: TrainingConfig, world_size: int) -> None:
+    """Check that all ranks can share the global batch equally.
+
+    Raises:
+        ConfigError: naming both fields, both values and what would fit.
+    """
+    per_pass = training.micro_batch_size * world_size
+    if training.global_batch_size % per_pass:
+        raise ConfigError(
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"training.micro_batch_size ({training.micro_batch_size}) times the number of "
+            f"ranks ({world_size}); {_fitting_sizes(training, world_size)}"
+        )
+
+
+def ranks_that_share_experts(
+    engine: EngineConfig, feed_forward: FeedForwardConfig, world_size: int
+) -> int:
+    """Say how many ranks share one set of experts.
+
+    Raises:
+        ConfigError: if that many cannot, naming both fields and both values.
+    """
+    num_experts = feed_forward.num_experts if isinstance(feed_forward, MoEConfig) else 1
+    if not isinstance(engine, DeepSpeedEngineConfig):
+        return 1
+    size = engine.expert_parallel_size
+    if size == "auto":
+        return math.gcd(world_size, num_experts)
+    if world_size % size:
+        raise ConfigError(
+            f"engine.expert_parallel_size ({size}) must divide the number of ranks "
+            f"({world_size}); start more ranks or set engine.expert_parallel_size=auto"
+        )
+    if not isinstance(feed_forward, MoEConfig) and size > 1:
+        raise ConfigError(
+            f"engine.expert_parallel_size is {size}, but model.feed_forward is dense; "
+            "set engine.expert_parallel_size=auto"
+        )
+    if num_experts % size:
+        raise ConfigError(
+            f"engine.expert_parallel_size ({size}) must divide "
+            f"model.feed_forward.num_experts ({num_experts})"
+        )
+    return size
 
 
 def _fitting_sizes(training: TrainingConfig, world_size: int) -> str:
@@ -199,15 +218,17 @@ def _fitting_sizes(training: TrainingConfig, world_size: int) -> str:
     return advice
 
 
-def preset_names() -> list[str]:
+PRETRAINING, FINE_TUNING = "presets", "presets/finetune"
+"""Folders of presets in the product."""
+
+
+def preset_names(folder: str = PRETRAINING) -> list[str]:
     """Names of the presets that come with the product."""
-    folder = resources.files("tsmoe") / "presets"
-    return sorted(
-        Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+    entries = (resources.files("tsmoe") / folder).iterdir()
+    return sorted(Path(entry.name).stem for entry in entries if entry.name.endswith(".yaml"))
 
 
-def read_preset(name_or_path: str) -> dict[str, Any]:
+def read_preset(name_or_path: str, folder: str = PRETRAINING) -> dict[str, Any]:
     """Read a preset by name, or a YAML file by path.
 
     Raises:
@@ -215,12 +236,12 @@ def read_preset(name_or_path: str) -> dict[str, Any]:
     """
     if name_or_path.endswith((".yaml", ".yml")):
         return read_yaml(Path(name_or_path))
-    if name_or_path not in preset_names():
+    if name_or_path not in (names := preset_names(folder)):
         raise ConfigError(
-            f"{name_or_path!r} is no preset; there are {', '.join(preset_names())}; "
+            f"{name_or_path!r} is no preset; there are {', '.join(names)}; "
             "a file must end in .yaml"
         )
-    with resources.as_file(resources.files("tsmoe") / "presets" / f"{name_or_path}.yaml") as path:
+    with resources.as_file(resources.files("tsmoe") / folder / f"{name_or_path}.yaml") as path:
         return read_yaml(path)
 
 

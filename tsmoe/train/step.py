@@ -265,6 +265,7 @@ def validation_loss(
                 batch.values_BCL[..., :length],
                 batch.observed_BCL[..., :length],
                 series_BCN=batch.series_BCN,
+                is_covariate_BC=batch.is_covariate_BC,
             )
         term = next_patch_loss(
             engine.model.head,

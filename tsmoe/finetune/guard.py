@@ -1,0 +1,76 @@
+"""When training ends early, which weights are kept, and that none are handed over that got worse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from tsmoe.config import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingConfig(Section):
+    """Early stop by the forecast error on the validation part."""
+
+    patience: int = 6
+    """Validations in a row without a new best one before training ends."""
+    max_windows: int = 1024
+    """Validation windows that are forecast each time, uniformly spaced."""
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or self.max_windows < 1:
+            raise ValueError(
+                f"patience ({self.patience}) and max_windows ({self.max_windows}) must be at least 1"
+            )
+
+
+@dataclass
+class Guard:
+    """Remembers the error after each validation; errors are mean squares, lower is better."""
+
+    patience: int
+    start_error: float | None = None
+    """Of the start as it was pretrained; None from scratch."""
+    errors: dict[int, float] = field(default_factory=dict)
+    """By steps done, in order."""
+
+    def add(self, step: int, error: float) -> None:
+        """Note the error after `step` steps; one that is not finite counts as infinite."""
+        self.errors[step] = error if math.isfinite(error) else math.inf
+
+    @property
+    def best_step(self) -> int | None:
+        """Steps after which the error was lowest; None before the first validation."""
+        finite = {step: error for step, error in self.errors.items() if math.isfinite(error)}
+        return min(finite, key=lambda step: (finite[step], step)) if finite else None
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether patience has run out: too many validations since the best one."""
+        steps = list(self.errors)
+        best = self.best_step
+        since = len(steps) if best is None else len(steps) - 1 - steps.index(best)
+        return since >= self.patience
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether nothing learned is better than the start, so that the start is handed over."""
+        if self.start_error is None:
+            return False
+        best = self.best_step
+        return best is None or self.errors[best] >= self.start_error
+
+    def as_json(self) -> dict[str, object]:
+        """Return plain values for a checkpoint; `of_json` undoes it."""
+        errors = {str(step): None if e == math.inf else e for step, e in self.errors.items()}
+        return {"start_error": self.start_error, "errors": errors}
+
+    @classmethod
+    def of_json(cls, values: dict[str, object], *, patience: int) -> Guard:
+        """Go on with what a checkpoint remembers."""
+        errors = values["errors"]
+        assert isinstance(errors, dict)
+        start_error = values["start_error"]
+        assert start_error is None or isinstance(start_error, float)
+        found = {int(step): math.inf if e is None else e for step, e in errors.items()}
+        return cls(patience=patience, start_error=start_error, errors=found)

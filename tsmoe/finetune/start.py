@@ -1,0 +1,103 @@
+"""What fine-tuning starts from: a package, a run or a checkpoint of any number of ranks, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsmoe.checkpoint.elastic import expert_parameters, persistent_buffers
+from tsmoe.checkpoint.package import CARD_FILE, load_package, model_from_checkpoint
+from tsmoe.checkpoint.resume import open_checkpoint
+from tsmoe.errors import CheckpointError, ConfigError
+from tsmoe.finetune.config import FinetuneConfig, FinetuneRun
+from tsmoe.models import ModelConfig, build_model
+from tsmoe.models.time_tracker import TimeTracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A model as it was before fine-tuning, whole, on the CPU."""
+
+    model: ModelConfig
+    state: dict[str, Tensor]
+    """Weights and buffers by name."""
+    card: dict[str, Any]
+    """Of the package, or what the checkpoint says of itself."""
+
+    def build(self) -> TimeTracker:
+        """Build the start itself, every variate by itself, to see what it can do."""
+        model = build_model(self.model)
+        model.load_state_dict(self.state, strict=True)
+        return model.eval()
+
+    @torch.no_grad()
+    def load_into(self, model: TimeTracker) -> None:
+        """Copy weights into a model that may hold a share of the experts and more parameters.
+
+        What the start does not know, such as a learned alpha, stays as it was built.
+        """
+        experts = expert_parameters(model)
+        for name, parameter in model.named_parameters():
+            if name in self.state:
+                owner = experts.get(name)
+                whole = self.state[name]
+                parameter.copy_(whole if owner is None else whole[list(owner.global_ids)])
+        for name in persistent_buffers(model):
+            if name in self.state:
+                model.get_buffer(name).copy_(self.state[name])
+
+
+def open_start(path: str) -> Start:
+    """Read a package, or the newest checkpoint of a run, or a checkpoint.
+
+    Raises:
+        CheckpointError: if it is none of these, or damaged.
+    """
+    folder = Path(path)
+    if (folder / CARD_FILE).exists():
+        model, card = load_package(folder)
+    else:
+        try:
+            checkpoint, meta = open_checkpoint(folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"start={path}: neither a package nor a run with a checkpoint ({error})"
+            ) from error
+        if "table" in meta.config:
+            raise CheckpointError(
+                f"start={path}: the run of another fine-tuning; start from its package, which "
+                f"holds its best weights: start={folder / 'package'}"
+            )
+        model = model_from_checkpoint(checkpoint, meta)
+        card = {"step": meta.step, "checkpoint": str(checkpoint)}
+    return Start(model=model.config, state=model.state_dict(), card=card)
+
+
+def resolve_run(config: FinetuneConfig, start: Start | None) -> FinetuneRun:
+    """Find the model to train: that of the start or from scratch, with variates mixed as wanted.
+
+    Raises:
+        ConfigError: if the settings do not fit the model.
+    """
+    model = config.model if start is None else start.model
+    assert model is not None, "checked by the config"
+    changes: dict[str, Any] = {}
+    mixing = config.mixing
+    if mixing.num_channel_mixed_layers > model.num_layers:
+        raise ConfigError(
+            f"mixing.num_channel_mixed_layers ({mixing.num_channel_mixed_layers}) must be at most "
+            f"the {model.num_layers} layers of the model"
+        )
+    changes |= {
+        "num_channel_mixed_layers": mixing.num_channel_mixed_layers,
+        "graph": mixing.graph,
+    }
+    if config.dropout is not None:
+        if not 0 <= config.dropout < 1:
+            raise ConfigError(f"dropout ({config.dropout}) must be at least 0 and below 1")
+        changes["dropout"] = config.dropout
+    return FinetuneRun(config=config, model=replace(model, **changes))

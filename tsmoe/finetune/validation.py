@@ -1,0 +1,79 @@
+"""Forecasts of validation windows while training, shared out over ranks.
+
+Every rank passes as many windows as any other: where experts are spread over ranks, or weights
+gathered layer by layer, all must enter the model equally often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tsmoe.evaluate.protocol import WindowBlock, iterate_windows
+from tsmoe.finetune.config import FinetuneRun
+from tsmoe.finetune.table import SplitTable
+from tsmoe.finetune.windows import context_rows, uniformly_spaced
+from tsmoe.inference import Forecaster
+from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.nn.matmul import exact_onednn_matmul
+from tsmoe.ranks import Ranks
+
+# Windows of one pass through the model.
+_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Windows of the validation part."""
+
+    run: FinetuneRun
+    split: SplitTable
+    ranks: Ranks
+
+    def error(self, model: TimeTracker) -> float:
+        """Return the mean squared error of the forecasts, scaled by the train part. Collective."""
+        split, ranks = self.split, self.ranks
+        was_training = model.training
+        forecaster = Forecaster(model, {}, ranks.device)
+        places_B, is_own_B = self._share()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for block in self._windows(places_B):
+            with exact_onednn_matmul(ranks.device):
+                forecast = forecaster.forecast_batch(
+                    block.context_BCL,
+                    self.run.config.table.prediction_length,
+                    num_covariates=split.num_covariates,
+                    future_BFQ=block.target_BCQ[:, split.num_variates - split.num_known_future :],
+                )
+            target_BCQ = block.target_BCQ[:, : split.num_targets]
+            counts_BCQ = np.isfinite(target_BCQ)
+            counts_BCQ &= is_own_B[block.first :][: len(target_BCQ), None, None]
+            error = (forecast.mean_BCQ - target_BCQ)[counts_BCQ].astype(np.float64)
+            sums += torch.tensor([np.square(error).sum(), counts_BCQ.sum()], dtype=torch.float64)
+        model.train(was_training)
+        total, count = ranks.sum(sums.to(ranks.device)).tolist()
+        return total / count if count else float("nan")
+
+    def _share(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return this rank's windows, and which count: some may be there for company only."""
+        borders, config = self.split.borders, self.run.config
+        count = borders.validation_end - borders.train_end - config.table.prediction_length + 1
+        places = uniformly_spaced(count, config.stopping.max_windows)
+        each = -(-len(places) // self.ranks.size)
+        own = np.arange(each) + each * self.ranks.rank
+        return places[np.minimum(own, len(places) - 1)], own < len(places)
+
+    def _windows(self, places_B: NDArray[np.int64]) -> Iterator[WindowBlock]:
+        return iterate_windows(
+            self.split.scaled_LC,
+            first_target=self.split.borders.train_end,
+            end=self.split.borders.validation_end,
+            context_length=context_rows(self.run),
+            prediction_length=self.run.config.table.prediction_length,
+            block_size=_BLOCK,
+            places_B=places_B,
+        )

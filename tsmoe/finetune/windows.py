@@ -1,0 +1,175 @@
+"""Training windows of a table, as a function of seed and step.
+
+A window is what a forecast sees, and what follows. Where a model forecasts several patches in one
+pass, the last of its context are a gap, as in a forecast. Variates known in the future run one patch
+ahead: a token of theirs shows what the tokens beside it are to predict, which the causal mask allows.
+
+Shapes: B windows, C variates, L points of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tsmoe.batch import WindowBatch
+from tsmoe.errors import DataError
+from tsmoe.finetune.config import FinetuneRun
+from tsmoe.finetune.table import SplitTable
+from tsmoe.ranks import Ranks
+
+Integers = NDArray[np.int64]
+
+
+def uniformly_spaced(count: int, wanted: int) -> Integers:
+    """Return places of at most `wanted` of `count` windows, one out of every so many.
+
+    Source: few-shot windows of Timer (arXiv 2402.02368), `index * floor(1 / ratio)`.
+    """
+    step = max(1, count // max(1, wanted))
+    return np.arange(0, count, step, dtype=np.int64)[: max(1, wanted)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Rows of a window around its origin, the first row to forecast."""
+
+    context_length: int
+    """Rows that are seen."""
+    before: int
+    """Points of the window before the origin; those before the context are not observed."""
+    after: int
+    """Points of the window from the origin on."""
+    patch_length: int
+    prediction_length: int
+    """Points from the origin on that are learned."""
+
+    @classmethod
+    def of(cls, run: FinetuneRun) -> Geometry:
+        """Lay windows out as a forecast of this model lays them out."""
+        model, table = run.model, run.config.table
+        patches = -(-table.prediction_length // model.patch_length)
+        gap = (min(patches, model.lookahead_patches) - 1) * model.patch_length
+        before = model.context_length - gap
+        return cls(
+            context_length=min(context_rows(run), before),
+            before=before,
+            after=gap + model.patch_length,
+            patch_length=model.patch_length,
+            prediction_length=min(table.prediction_length, gap + model.patch_length),
+        )
+
+
+def context_rows(run: FinetuneRun) -> int:
+    """Rows that a forecast is made from."""
+    return run.config.table.context_length or run.model.context_length
+
+
+class TableWindows:
+    """Cuts this rank's micro-batches of any step."""
+
+    def __init__(self, run: FinetuneRun, split: SplitTable) -> None:
+        """Lay all windows out.
+
+        Raises:
+            DataError: if few-shot leaves no window.
+        """
+        self._run, self._split = run, split
+        self.geometry = geometry = Geometry.of(run)
+        table = run.config.table
+        first = context_rows(run)
+        count = split.borders.train_end - table.prediction_length - first + 1
+        wanted = int(count * table.few_shot)
+        if wanted < 1:
+            raise DataError(
+                f"{split.table.path}: table.few_shot ({table.few_shot}) of {count} training "
+                f"windows is none; use at least {1 / count:.2g}"
+            )
+        self.origins = first + uniformly_spaced(count, wanted)
+        self.is_mixed = run.model.num_channel_mixed_layers > 0
+        # A frame of NaN, so that windows may reach over both ends of the train part.
+        self._padded_LC = np.pad(
+            split.scaled_LC[: split.borders.train_end],
+            ((geometry.before, geometry.after + geometry.patch_length), (0, 0)),
+            constant_values=np.nan,
+        )
+        self._permutation: tuple[int, Integers] | None = None
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of one pass through the data; without mixing each variate makes its own."""
+        return len(self.origins) * (1 if self.is_mixed else self._split.num_targets)
+
+    def micro_batches(self, step: int, ranks: Ranks) -> list[WindowBatch]:
+        """Return this rank's micro-batches of a step."""
+        training = self._run.training
+        passes = training.gradient_accumulation_steps(ranks.size)
+        first = step * training.global_batch_size
+        per_pass = training.micro_batch_size * ranks.size
+        batches = []
+        for number in range(passes):
+            begin = first + number * per_pass + ranks.rank * training.micro_batch_size
+            items = self._items(np.arange(begin, begin + training.micro_batch_size))
+            batches.append(self._cut(items, step).to(ranks.device))
+        return batches
+
+    def _items(self, positions: Integers) -> Integers:
+        """Return which window stands at each place of the order; each epoch is shuffled anew."""
+        epochs, places = np.divmod(positions, self.num_windows)
+        items = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            is_here = epochs == epoch
+            items[is_here] = self._shuffled(int(epoch))[places[is_here]]
+        return items
+
+    def _shuffled(self, epoch: int) -> Integers:
+        if self._permutation is None or self._permutation[0] != epoch:
+            generator = np.random.default_rng((self._run.seed, epoch))
+            self._permutation = (epoch, generator.permutation(self.num_windows))
+        return self._permutation[1]
+
+    def _cut(self, items: Integers, step: int) -> WindowBatch:
+        if not self.is_mixed:
+            origins_B, variates_B = np.divmod(items, self._split.num_targets)
+            return self._batch(self.origins[origins_B], variates_B[:, None])
+        chosen_C = self._chosen_variates(step)
+        return self._batch(self.origins[items], np.tile(chosen_C, (len(items), 1)))
+
+    def _chosen_variates(self, step: int) -> Integers:
+        """Return the variates of a step's windows: some targets, and all covariates."""
+        targets = np.arange(self._split.num_targets)
+        most = self._run.training.max_variates
+        if most is not None and most < len(targets):
+            generator = np.random.default_rng((self._run.seed, step, 1))
+            targets = np.sort(generator.choice(targets, most, replace=False))
+        covariates = np.arange(self._split.num_targets, self._split.num_variates)
+        return np.concatenate((targets, covariates))
+
+    def _batch(self, origins_B: Integers, variates_BC: Integers) -> WindowBatch:
+        geometry, split = self.geometry, self._split
+        place_L = np.arange(-geometry.before, geometry.after)
+        is_known_BC = variates_BC >= split.num_variates - split.num_known_future
+        ahead_BC = np.where(is_known_BC, geometry.patch_length, 0)
+        rows_BCL = (
+            origins_B[:, None, None] + ahead_BC[..., None] + place_L + geometry.before
+        )  # of the frame
+        values_BCL = self._padded_LC[rows_BCL, variates_BC[..., None]]
+        is_recorded_BCL = np.isfinite(values_BCL)
+        is_covariate_BC = variates_BC >= split.num_targets
+        is_seen_L = (place_L >= -geometry.context_length) & (place_L < 0)
+        is_seen_BCL = is_seen_L | (is_known_BC[..., None] & (place_L >= -geometry.context_length))
+        is_target_L = place_L < geometry.prediction_length
+        if self._run.training.loss_on == "horizon":
+            is_target_L &= place_L >= 0
+        is_target_BCL = is_recorded_BCL & is_target_L & ~is_covariate_BC[..., None]
+        return WindowBatch(
+            values_BCL=torch.from_numpy(np.where(is_recorded_BCL, values_BCL, 0)),
+            observed_BCL=torch.from_numpy(is_recorded_BCL & is_seen_BCL),
+            is_target_BCL=torch.from_numpy(is_target_BCL),
+            series_ids_B=torch.from_numpy(np.ascontiguousarray(variates_BC[:, 0])),
+            is_covariate_BC=torch.from_numpy(is_covariate_BC) if self.is_mixed else None,
+        )
+
