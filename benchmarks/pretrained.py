@@ -88,7 +88,9 @@ def main() -> None:
     card = json.loads((package / "card.json").read_text(encoding="utf-8"))
     tables = {}
     for name in TABLES if args.tables else ():
-        tables[name] = zero_shot(package, args.tables / f"{name}.parquet", args.out / f"{name}.json")
+        tables[name] = zero_shot(
+            package, args.tables / f"{name}.parquet", args.out / f"{name}.json"
+        )
     record(
         "pretrained",
         {

@@ -54,6 +54,7 @@ LAYERS = (
     ("data", "checkpoint", "inference"),
     ("engine", "cost"),
     ("train", "evaluate", "report"),
+    ("finetune",),
     ("commands", "__main__"),
 )
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}

@@ -11,7 +11,7 @@ import sys
 from tsmoe import __version__
 from tsmoe.errors import ConfigError, TsmoeError
 
-_COMMANDS = ("data", "pretrain", "evaluate", "forecast", "report", "plan")
+_COMMANDS = ("data", "pretrain", "finetune", "evaluate", "forecast", "report", "plan")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -146,7 +146,10 @@ class Forecaster:
             per_pass = max(1, batch_size // variates)
         else:
             series_BCL = series_BCL[:, :num_targets].flatten(0, 1).unsqueeze(1)
-            future, per_pass = series_BCL.new_empty(len(series_BCL), 0, prediction_length), batch_size
+            future, per_pass = (
+                series_BCL.new_empty(len(series_BCL), 0, prediction_length),
+                batch_size,
+            )
         rolls = [
             _Roll(self.model, piece.to(self.device), known.to(self.device), num_covariates)
             for piece, known in zip(series_BCL.split(per_pass), future.split(per_pass), strict=True)
@@ -262,9 +265,7 @@ class _Roll:
         window_BCL = window_BCL[..., -self.config.context_length :].clone()
         if self.num_known:
             window_BCL[:, -self.num_known :] = self._known(window_BCL.shape[-1], gap + patch_length)
-        output = self.model(
-            window_BCL, ~window_BCL.isnan(), is_covariate_BC=self.is_covariate_BC
-        )
+        output = self.model(window_BCL, ~window_BCL.isnan(), is_covariate_BC=self.is_covariate_BC)
         # Tokens whose ends lie one patch apart, the last one at the end of the gap.
         per_patch = patch_length // stride
         tokens = slice(-1 - (count - 1) * per_patch, None, per_patch)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tsmoe.errors import ConfigError
+from tsmoe.errors import ConfigError, TsmoeError
 
 DEFAULT_TIMEOUT_SECONDS = 600
+
+T = TypeVar("T")
 
 CollectiveKind = Literal["all_to_all_counts", "all_to_all", "all_reduce"]
 
@@ -154,6 +156,25 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def on_first(self, find: Callable[[], T]) -> T:
+        """Let the first rank find a small plain value and tell it to all; every rank must call it.
+
+        Raises:
+            TsmoeError: on every rank, what the first one met.
+        """
+        outcome: T | TsmoeError | None = None
+        if self.is_first:
+            try:
+                outcome = find()
+            except TsmoeError as error:
+                if self.size == 1:
+                    raise
+                outcome = error
+        outcome = self.gather(outcome)[0]
+        if isinstance(outcome, TsmoeError):
+            raise outcome
+        return cast(T, outcome)
 
     def exchange_counts(self, counts_E: Tensor, label: ExchangeLabel | None = None) -> Tensor:
         """Send each rank its equal share of the counts; return theirs for this one, by rank."""

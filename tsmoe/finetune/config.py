@@ -210,11 +210,32 @@ class FinetuneRun:
             )
 
 
+# Short forms of the settings that every run is given.
+_SHORT = {"model": "start", "data": "table.path", "few_shot": "table.few_shot"}
+
+
 def resolve_finetune(name_or_path: str, overrides: list[str]) -> FinetuneConfig:
     """Put preset or file and `key=value` settings together.
+
+    `model=PACKAGE`, `data=TABLE` and `few_shot=SHARE` are short for start, table.path and
+    table.few_shot.
 
     Raises:
         ConfigError: one line that names the keys.
     """
-    layers = [read_preset(name_or_path, FINE_TUNING), *map(parse_override, overrides)]
-    return decode(FinetuneConfig, merge_layers(*layers), origin=name_or_path)
+    preset = read_preset(name_or_path, FINE_TUNING)
+    layers = [preset, *(parse_override(_in_full(text)) for text in overrides)]
+    values = merge_layers(*layers)
+    if "table" not in values:
+        raise ConfigError("no table is given; add data=TABLE.csv (or .parquet)")
+    if values.get("start") is None and values.get("model") is None:
+        raise ConfigError(
+            f"{name_or_path} needs what to start from; add model=PACKAGE (or a run folder), or use "
+            "the preset from_scratch"
+        )
+    return decode(FinetuneConfig, values, origin=name_or_path)
+
+
+def _in_full(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{_SHORT.get(key, key)}{equals}{value}"

@@ -107,9 +107,7 @@ class _Course:
             if self.ranks.is_first:
                 logger.info("going on from %s", folder)
         self._announce(engine)
-        saver = CheckpointSaver(
-            self.folder / "checkpoints", self.run.config.checkpoint, self.ranks
-        )
+        saver = CheckpointSaver(self.folder / "checkpoints", self.run.config.checkpoint, self.ranks)
         if not self.guard.errors:
             self._see_start(engine)
             self._save(saver, engine, 0)
@@ -262,5 +260,3 @@ def prepare(model: TimeTracker, *, run: FinetuneRun, start: Start | None) -> Non
     if start is not None:
         start.load_into(model)
     prepare_finetuning(model, run.config.trainable)
-
-

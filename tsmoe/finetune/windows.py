@@ -172,4 +172,3 @@ class TableWindows:
             series_ids_B=torch.from_numpy(np.ascontiguousarray(variates_BC[:, 0])),
             is_covariate_BC=torch.from_numpy(is_covariate_BC) if self.is_mixed else None,
         )
-

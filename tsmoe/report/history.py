@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from tsmoe.errors import DataError
+from tsmoe.report.graph import GRAPH, VariateLinks, read_graph
 
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"
 # Tables of each step, which are large, are kept of so many steps, evenly apart.
@@ -102,6 +103,8 @@ class RunHistory:
     streams: list[tuple[int, dict[str, Any]]]
     starts: list[tuple[int, dict[str, Any]]]
     """Steps at which the run was started or went on, and on what."""
+    graph: VariateLinks | None = None
+    """Of the variates, once a fine-tuning run that mixes them is done."""
     num_unreadable: int
     """Lines that are not as a run writes them: cut short by a kill, being written, or altered."""
 
@@ -120,8 +123,8 @@ def read_run(path: Path) -> RunHistory:
     metrics = path / METRICS
     if not metrics.is_file():
         raise DataError(
-            f"{path}: is no folder of a run (it has no {METRICS}); give what `tsmoe pretrain` was "
-            "given as run="
+            f"{path}: is no folder of a run (it has no {METRICS}); give what `tsmoe pretrain` or "
+            "`tsmoe finetune` was given as run="
         )
     reader = _Reader()
     for line in _lines(metrics):
@@ -141,6 +144,7 @@ def read_run(path: Path) -> RunHistory:
         sources=reader.sources,
         streams=reader.streams,
         starts=reader.starts,
+        graph=read_graph(path / GRAPH),
         num_unreadable=reader.num_unreadable,
     )  # fmt: skip
 

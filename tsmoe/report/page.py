@@ -27,6 +27,7 @@ _SECTIONS = (
     ("Experts", ("load_over_time", "layers_over_time", "exchange")),
     ("Ranks", ("stragglers",)),
     ("Data", ("sources",)),
+    ("Variates", ("graph",)),
 )
 
 
@@ -44,6 +45,7 @@ def page(history: RunHistory, summary: Mapping[str, Any], pictures: Mapping[str,
         "Experts": _expert_table(summary["experts"]),
         "Ranks": _rank_table(summary["stragglers"]),
         "Data": _data_table(summary),
+        "Variates": "",
     }
     parts = [f"<h1>Run {escape(history.path.name)}</h1>", f"<p>{escape(headline(summary))}</p>"]
     for title, names in _SECTIONS:

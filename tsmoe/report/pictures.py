@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tsmoe.report.graph import graph_picture
 from tsmoe.report.history import RunHistory
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def draw_all(history: RunHistory) -> dict[str, bytes]:
         "sources": sources_picture,
     }
     drawn = {name: draw(history) for name, draw in pictures.items()}
-    return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
+    drawn["graph"] = None if history.graph is None else graph_picture(history.graph)
+    return {name: png(figure) for name, figure in drawn.items() if figure is not None}
 
 
 def loss_picture(history: RunHistory) -> Figure | None:
@@ -280,7 +282,8 @@ def _ramp(number: int, of: int) -> tuple[float, float, float, float]:
     return red, green, blue, alpha
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Give a figure as the content of a PNG file."""
     content = io.BytesIO()
     # The same run gives the same file.
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})

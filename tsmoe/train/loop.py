@@ -272,19 +272,15 @@ def _find_checkpoint(
     config: RunConfig, corpus: Corpus | Streamed, ranks: Ranks
 ) -> tuple[Path, CheckpointMeta] | None:
     """Let the first rank look and check, and tell the others, so that all go on from the same."""
-    outcome: tuple[Path, CheckpointMeta] | CheckpointError | None = None
-    if ranks.is_first:
-        try:
-            outcome = newest_checkpoint(Path(config.run) / "checkpoints")
-            if outcome is not None:
-                check_stream(config, ranks, *outcome)
-                _check_resumable(config, corpus, *outcome)
-        except CheckpointError as error:
-            outcome = error
-    outcome = ranks.gather(outcome)[0]
-    if isinstance(outcome, CheckpointError):
-        raise outcome
-    return outcome
+
+    def look() -> tuple[Path, CheckpointMeta] | None:
+        found = newest_checkpoint(Path(config.run) / "checkpoints")
+        if found is not None:
+            check_stream(config, ranks, *found)
+            _check_resumable(config, corpus, *found)
+        return found
+
+    return ranks.on_first(look)
 
 
 def _check_resumable(

@@ -238,8 +238,7 @@ def read_preset(name_or_path: str, folder: str = PRETRAINING) -> dict[str, Any]:
         return read_yaml(Path(name_or_path))
     if name_or_path not in (names := preset_names(folder)):
         raise ConfigError(
-            f"{name_or_path!r} is no preset; there are {', '.join(names)}; "
-            "a file must end in .yaml"
+            f"{name_or_path!r} is no preset; there are {', '.join(names)}; a file must end in .yaml"
         )
     with resources.as_file(resources.files("tsmoe") / folder / f"{name_or_path}.yaml") as path:
         return read_yaml(path)

@@ -1,0 +1,275 @@
+"""What comes of a fine-tuning run: the best weights or the start, and both on the test part."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tsmoe import __version__
+from tsmoe.checkpoint.layout import step_folder, write_text
+from tsmoe.checkpoint.package import model_from_checkpoint, save_package
+from tsmoe.checkpoint.resume import open_checkpoint
+from tsmoe.config import encode
+from tsmoe.errors import TrainingError
+from tsmoe.evaluate.baselines import season_length
+from tsmoe.evaluate.forecast import MODEL, ForecastEvaluation, evaluate_forecast
+from tsmoe.evaluate.metrics import ForecastScores
+from tsmoe.evaluate.protocol import iterate_windows
+from tsmoe.finetune.config import FinetuneRun
+from tsmoe.finetune.guard import Guard
+from tsmoe.finetune.low_rank import insert_low_rank, merge_low_rank
+from tsmoe.finetune.start import Start
+from tsmoe.finetune.table import SplitTable
+from tsmoe.finetune.windows import context_rows, uniformly_spaced
+from tsmoe.inference import Forecaster
+from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.report.graph import GRAPH, VariateLinks, graph_picture, write_graph
+from tsmoe.report.pictures import png
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE, PACKAGE_FOLDER, GRAPH_PICTURE = "result.json", "package", "graph.png"
+ZERO_SHOT, FINE_TUNED = "zero_shot", "fine_tuned"
+
+# Test windows whose graphs are averaged for the picture.
+_GRAPH_WINDOWS = 256
+# Windows that pass the model together when the test part is forecast.
+_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What was handed over, and how it compares."""
+
+    package: Path
+    best_step: int | None
+    """Steps after which validation was best; None if it never was a number."""
+    keeps_start: bool
+    """Whether the package holds the start, as nothing learned was better on validation."""
+    verdict: str
+    """One line for people."""
+    scores: dict[str, ForecastScores]
+    """On the test part, by `zero_shot`, `fine_tuned` and the baselines' names."""
+    windows: int
+    """Test windows."""
+
+
+def hand_over(
+    run: FinetuneRun,
+    start: Start | None,
+    split: SplitTable,
+    guard: Guard,
+    *,
+    failure: str | None,
+) -> RunResult:
+    """Write package, result.json and the graph; the first rank alone calls it.
+
+    Args:
+        failure: why training ended before its time, if it did.
+
+    Raises:
+        TrainingError: if training from scratch brought nothing that can be used.
+        CheckpointError: if the package can't be written.
+    """
+    folder = Path(run.run)
+    learned = None if guard.keeps_start else _best_model(run, guard, failure)
+    verdict = _verdict(guard, failure)
+    logger.info("%s: %s", folder, verdict)
+    evaluations: dict[str, ForecastEvaluation] = {}
+    if start is not None:
+        evaluations[ZERO_SHOT] = _evaluate(
+            run,
+            split,
+            Forecaster(start.build(), {}, torch.device("cpu")),
+            baselines=learned is None,
+        )
+    model = learned
+    if model is None:
+        assert start is not None, "only a start can be kept"
+        model = start.build()
+    else:
+        forecaster = Forecaster(model, {}, torch.device("cpu"))
+        evaluations[FINE_TUNED] = _evaluate(run, split, forecaster, baselines=True)
+        _write_links(run, split, forecaster)
+    scores = _join(evaluations)
+    card = _card(run, start, split, guard, model, scores, verdict)
+    save_package(folder / PACKAGE_FOLDER, model, card)
+    own = next(iter(evaluations.values()))
+    text = json.dumps(
+        {
+            "handed_over": ZERO_SHOT if guard.keeps_start else FINE_TUNED,
+            "verdict": verdict,
+            "best_step": guard.best_step,
+            "validation_mse": guard.as_json(),
+            "test": {
+                "data": own.data,
+                "context": own.context_length,
+                "horizon": own.prediction_length,
+                "windows": own.windows,
+                "results": {name: found.to_json_dict() for name, found in scores.items()},
+            },
+        },
+        indent=1,
+    )
+    write_text(folder / RESULT_FILE, f"{text}\n")
+    return RunResult(
+        package=folder / PACKAGE_FOLDER,
+        best_step=guard.best_step,
+        keeps_start=guard.keeps_start,
+        verdict=verdict,
+        scores=scores,
+        windows=own.windows,
+    )
+
+
+def _best_model(run: FinetuneRun, guard: Guard, failure: str | None) -> TimeTracker:
+    if guard.best_step is None:
+        raise TrainingError(
+            f"{run.run}: no validation error was a finite number"
+            f"{'' if failure is None else f' ({failure})'}; lower optimizer.lr"
+        )
+    folder = Path(run.run) / "checkpoints" / step_folder(guard.best_step)
+    checkpoint, meta = open_checkpoint(folder)
+    trainable = run.config.trainable
+    add = partial(insert_low_rank, config=trainable.low_rank)
+    prepare = add if trainable.trains == "low_rank" else None
+    model = model_from_checkpoint(checkpoint, meta, prepare=prepare)
+    merge_low_rank(model)
+    return model.requires_grad_(True).eval()
+
+
+def _verdict(guard: Guard, failure: str | None) -> str:
+    early = "" if failure is None else f"; training broke off: {failure}"
+    if guard.keeps_start:
+        best = guard.best_step
+        found = "none that is a number" if best is None else f"{guard.errors[best]:.4f}"
+        return (
+            f"nothing learned is better than the start on validation (MSE {guard.start_error:.4f}, "
+            f"best of fine-tuning {found}), so the package holds the start as it was; a lower "
+            f"optimizer.lr or fewer trainable weights may help{early}"
+        )
+    best = guard.best_step
+    assert best is not None
+    against = "" if guard.start_error is None else f", {guard.start_error:.4f} at the start"
+    return f"best after step {best}: validation MSE {guard.errors[best]:.4f}{against}{early}"
+
+
+def _evaluate(
+    run: FinetuneRun, split: SplitTable, forecaster: Forecaster, *, baselines: bool
+) -> ForecastEvaluation:
+    """Forecast the test part; a start, which knows no covariates, is given none."""
+    table = run.config.table
+    season = table.season or season_length(split.table.freq)
+    names: tuple[str, ...] = ()
+    if baselines:
+        is_seasonal = season is not None and season <= context_rows(run)
+        names = ("linear", *(("seasonal_naive",) if is_seasonal else ()), "naive")
+    return evaluate_forecast(
+        forecaster,
+        split.table,
+        context_length=context_rows(run),
+        prediction_length=table.prediction_length,
+        split=table.split,
+        season=season,
+        baselines=names,
+        batch_size=_BATCH,
+        num_covariates=split.num_covariates,
+        num_known_future=split.num_known_future if forecaster.mixes_variates else 0,
+        progress=_log_tenths(),
+    )
+
+
+class _log_tenths:  # noqa: N801
+    """Says how far a long evaluation is."""
+
+    def __init__(self) -> None:
+        self._said = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if 10 * done // total > self._said:
+            self._said = 10 * done // total
+            logger.info("test part: %d of %d windows", done, total)
+
+
+def _join(evaluations: dict[str, ForecastEvaluation]) -> dict[str, ForecastScores]:
+    """Put models first and baselines behind."""
+    scores = {name: evaluation.scores[MODEL] for name, evaluation in evaluations.items()}
+    for evaluation in evaluations.values():
+        scores |= {name: found for name, found in evaluation.scores.items() if name != MODEL}
+    return scores
+
+
+def _write_links(run: FinetuneRun, split: SplitTable, forecaster: Forecaster) -> None:
+    """Average the graphs of test windows, write and draw them."""
+    if not forecaster.mixes_variates:
+        return
+    borders, table = split.borders, run.config.table
+    count = borders.window_count(table.prediction_length)
+    sums = np.zeros((2, split.num_variates, split.num_variates))
+    windows = 0
+    for block in iterate_windows(
+        split.scaled_LC,
+        first_target=borders.validation_end,
+        end=borders.test_end,
+        context_length=context_rows(run),
+        prediction_length=table.prediction_length,
+        block_size=1,
+        places_B=uniformly_spaced(count, _GRAPH_WINDOWS),
+    ):
+        graph = forecaster.graph(block.context_BCL[0], num_covariates=split.num_covariates)
+        sums += [graph.edge_probability_BCC[0].numpy(), graph.adjacency_BCC[0].numpy()]
+        windows += 1
+    probability_CC, share_CC = sums / windows
+    links = VariateLinks(
+        variates=split.table.variates, edge_probability_CC=probability_CC, share_CC=share_CC
+    )
+    write_graph(Path(run.run) / GRAPH, links)
+    (Path(run.run) / GRAPH_PICTURE).write_bytes(png(graph_picture(links)))
+
+
+def _card(
+    run: FinetuneRun,
+    start: Start | None,
+    split: SplitTable,
+    guard: Guard,
+    model: TimeTracker,
+    scores: dict[str, ForecastScores],
+    verdict: str,
+) -> dict[str, Any]:
+    own = FINE_TUNED if FINE_TUNED in scores else ZERO_SHOT
+    if guard.keeps_start and start is not None:
+        card = {
+            k: v for k, v in start.card.items() if k not in ("format_version", "weights_sha256")
+        }
+        return {**card, "fine_tuning": {"verdict": verdict, "config": encode(run.config)}}
+    return {
+        "made_by": f"tsmoe {__version__}",
+        "made_on": datetime.now(UTC).isoformat(timespec="seconds"),
+        "architecture": model.config.type,
+        "step": guard.best_step,
+        "parameters": {"total": sum(p.numel() for p in model.parameters())},
+        "context_length": model.config.context_length,
+        "patch_length": model.config.patch_length,
+        "fine_tuning": {
+            "verdict": verdict,
+            "start": None if start is None else start.card,
+            "table": split.table.path,
+            "fingerprint": split.fingerprint,
+            "variates": list(split.table.variates),
+            "num_covariates": split.num_covariates,
+            "num_known_future": split.num_known_future,
+            "config": encode(run.config),
+        },
+        "metrics": scores[own].to_json_dict(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "licence": "Apache-2.0 (weights); the training data keep their own licences",
+    }
