@@ -1,10 +1,10 @@
 """Pretrain a package from a folder of Parquet series, and forecast tables that it has not seen.
 
-Builds a corpus of every Parquet file in the folder (one series per row), pretrains a preset on it in
-one process, exports the package and forecasts each table zero-shot, 672 to 96 steps, by the usual
-borders. Started again it goes on where it was.
+Builds a corpus of every Parquet file in the folder (one series per row), pretrains a preset on it
+in one process, exports the package and forecasts each table zero-shot, 672 to 96 steps, by the
+usual borders. Started again it goes on where it was.
 
-    python benchmarks/pretrained.py --corpus ../shared/data/corpus --tables ../shared/data/benchmarks
+    python benchmarks/pretrained.py --corpus CORPUS_FOLDER --tables TABLES_FOLDER
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tsmoe.commands.covariates import add_covariate_options, order_covariates
 from tsmoe.commands.options import (
     add_table_options,
     read_table_of,
@@ -37,6 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--json", metavar="OUT", help="write the results; - is standard output")
     parser.add_argument("--plot", metavar="OUT.png", help="draw the middle test window")
     add_table_options(parser)
+    add_covariate_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -55,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from tsmoe.evaluate.forecast import evaluate_forecast
     from tsmoe.inference import Forecaster
 
-    table = read_table_of(args)
     forecaster = Forecaster.load(args.package, device=args.device)
+    data = order_covariates(args, read_table_of(args), forecaster)
     if args.context > forecaster.context_length:
         logger.warning(
             "the package looks back %d steps; of the %d of --context only the baselines use more",
@@ -65,13 +67,15 @@ def run(args: argparse.Namespace) -> int:
     with _progress() as progress:
         evaluation = evaluate_forecast(
             forecaster,
-            table,
+            data.table,
             context_length=args.context,
             prediction_length=args.horizon,
             protocol=args.protocol,
             split=split,
             season=args.season,
             batch_size=args.batch_size,
+            num_covariates=data.num_covariates,
+            num_known_future=data.num_known_future,
             progress=progress,
         )
     text = json.dumps(evaluation.to_json_dict(), indent=2) + "\n"

@@ -6,9 +6,11 @@ Shapes: C variates, L context steps, Q prediction steps, K quantile levels.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from tsmoe.commands.covariates import add_covariate_options, order_covariates, split_future
 from tsmoe.commands.options import (
     add_table_options,
     read_table_of,
@@ -42,6 +44,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--plot", metavar="OUT.png", help="draw context, forecast and quantiles")
     parser.add_argument("--json", action="store_true", help="print the forecast as JSON")
     add_table_options(parser)
+    add_covariate_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -61,14 +64,24 @@ def run(args: argparse.Namespace) -> int:
 
     from tsmoe.inference import Forecaster
 
-    table = read_table_of(args)
     forecaster = Forecaster.load(args.package, device=args.device)
+    data, future_FQ = split_future(
+        order_covariates(args, read_table_of(args), forecaster), args.horizon
+    )
+    table = data.table
     levels = tuple(forecaster.quantile_levels)
     check_levels(asked, levels)
     rows = _context_rows(args.context, len(table.values_LC), forecaster.context_length)
     context_CL = np.ascontiguousarray(table.values_LC[-rows:].T)
     _check_observed(args.data, table, context_CL)
-    forecast = forecaster.forecast(context_CL, args.horizon)
+    forecast = forecaster.forecast_batch(
+        context_CL[None],
+        args.horizon,
+        num_covariates=data.num_covariates,
+        future_BFQ=future_FQ[None],
+    )
+    table = replace(table, variates=table.variates[: data.num_targets])
+    context_CL = context_CL[: data.num_targets]
     if not np.isfinite(forecast.mean_BCQ).all():
         raise DataError(
             f"{args.package}: the forecast of {args.data} is not finite; the values may be too "

@@ -1,1 +1,1 @@
-"""Fine-tuning on a table: the second stage of decoupled training (Time Tracker, arXiv 2505.15151)."""
+"""Fine-tuning on a table: stage two of decoupled training (Time Tracker, arXiv 2505.15151)."""

@@ -160,7 +160,7 @@ class FinetuneConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRun:
-    """A configuration together with the model that its start brings: what engines are built from."""
+    """A configuration and the model that its start brings: what engines are built from."""
 
     config: FinetuneConfig
     model: ModelConfig

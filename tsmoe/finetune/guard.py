@@ -1,4 +1,4 @@
-"""When training ends early, which weights are kept, and that none are handed over that got worse."""
+"""When training ends early, which weights are kept, and that worse ones are not handed over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class StoppingConfig(Section):
     def __post_init__(self) -> None:
         if self.patience < 1 or self.max_windows < 1:
             raise ValueError(
-                f"patience ({self.patience}) and max_windows ({self.max_windows}) must be at least 1"
+                f"patience ({self.patience}) and max_windows ({self.max_windows}) must be at "
+                "least 1"
             )
 
 

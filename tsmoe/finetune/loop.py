@@ -93,8 +93,8 @@ class _Course:
         outcome = Outcome.DONE if is_done else self._train(found)
         if outcome is Outcome.STOPPED:
             return outcome, None
-        result = self.ranks.on_first(self._hand_over)
-        return outcome, result
+        # The first rank alone, which may take long: the others have nothing to wait for.
+        return outcome, self._hand_over() if self.ranks.is_first else None
 
     def _train(self, found: tuple[Path, CheckpointMeta] | None) -> Outcome:
         engine = build_engine(
@@ -152,7 +152,11 @@ class _Course:
         """Train until the end, an early stop, a request to stop or a failure; return steps done."""
         training, done = self.run.training, self.first_step
         record = RunRecord(
-            self.run, first_step=self.first_step, ranks=self.ranks, doing="fine-tuning"
+            self.run,
+            first_step=self.first_step,
+            ranks=self.ranks,
+            doing="fine-tuning",
+            learns_all=self.run.config.trainable.learns_all,
         )
         telemetry = StepTelemetry(engine)
         with StopRequest() as stop, record:

@@ -43,14 +43,14 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = config.scale
-        weight = base.weight
+        weight: Tensor = base.weight
         self.low_rank_down_RI = nn.Parameter(weight.new_empty(config.rank, base.in_features))
         self.low_rank_up_OR = nn.Parameter(weight.new_zeros(base.out_features, config.rank))
         nn.init.normal_(self.low_rank_down_RI, std=base.in_features**-0.5)
 
     def forward(self, inputs: Tensor, *, is_paired: bool = False) -> Tensor:
         """Map (..., I) to (..., O); `is_paired` is for queries, keys and values."""
-        up_OR = self.low_rank_up_OR
+        up_OR: Tensor = self.low_rank_up_OR
         if isinstance(self.base, QueryKeyValue):
             outputs = self.base(inputs, is_paired=is_paired)
             up_OR = rows_in_pairs(up_OR, self.base) if is_paired else up_OR
@@ -61,7 +61,7 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """Add the learned part to the map at rest, and return that."""
-        self.base.weight += self.scale * (self.low_rank_up_OR @ self.low_rank_down_RI)
+        self.base.weight.add_(self.low_rank_up_OR @ self.low_rank_down_RI, alpha=self.scale)
         return self.base
 
 

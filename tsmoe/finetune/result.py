@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -86,12 +87,8 @@ def hand_over(
     logger.info("%s: %s", folder, verdict)
     evaluations: dict[str, ForecastEvaluation] = {}
     if start is not None:
-        evaluations[ZERO_SHOT] = _evaluate(
-            run,
-            split,
-            Forecaster(start.build(), {}, torch.device("cpu")),
-            baselines=learned is None,
-        )
+        forecaster = Forecaster(start.build(), {}, torch.device("cpu"))
+        evaluations[ZERO_SHOT] = _evaluate(run, split, forecaster, baselines=learned is None)
     model = learned
     if model is None:
         assert start is not None, "only a start can be kept"
@@ -150,8 +147,9 @@ def _best_model(run: FinetuneRun, guard: Guard, failure: str | None) -> TimeTrac
 def _verdict(guard: Guard, failure: str | None) -> str:
     early = "" if failure is None else f"; training broke off: {failure}"
     if guard.keeps_start:
-        best = guard.best_step
-        found = "none that is a number" if best is None else f"{guard.errors[best]:.4f}"
+        learned = [error for step, error in guard.errors.items() if step > 0]
+        lowest = min(learned, default=math.inf)
+        found = f"{lowest:.4f}" if math.isfinite(lowest) else "not a finite number"
         return (
             f"nothing learned is better than the start on validation (MSE {guard.start_error:.4f}, "
             f"best of fine-tuning {found}), so the package holds the start as it was; a lower "

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from: a package, a run or a checkpoint of any number of ranks, or nothing."""
+"""What fine-tuning starts from: a package, a run or a checkpoint of any number of ranks."""
 
 from __future__ import annotations
 

@@ -25,6 +25,11 @@ class TrainableConfig(Section):
     low_rank: LowRankConfig = field(default_factory=LowRankConfig)
     """Heeded where `trains` is low_rank."""
 
+    @property
+    def learns_all(self) -> bool:
+        """Whether no weight rests."""
+        return self.trains == "all" and not self.freezes_routers
+
 
 def prepare_finetuning(model: TimeTracker, config: TrainableConfig) -> None:
     """Insert low-rank additions if wanted, and let learn what the config says.

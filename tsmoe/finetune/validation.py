@@ -39,6 +39,8 @@ class Validation:
         split, ranks = self.split, self.ranks
         was_training = model.training
         forecaster = Forecaster(model, {}, ranks.device)
+        # A start treats each variate by itself and has no use for covariates.
+        num_known = split.num_known_future if forecaster.mixes_variates else 0
         places_B, is_own_B = self._share()
         sums = torch.zeros(2, dtype=torch.float64)
         for block in self._windows(places_B):
@@ -47,7 +49,7 @@ class Validation:
                     block.context_BCL,
                     self.run.config.table.prediction_length,
                     num_covariates=split.num_covariates,
-                    future_BFQ=block.target_BCQ[:, split.num_variates - split.num_known_future :],
+                    future_BFQ=block.target_BCQ[:, split.num_variates - num_known :],
                 )
             target_BCQ = block.target_BCQ[:, : split.num_targets]
             counts_BCQ = np.isfinite(target_BCQ)

@@ -1,8 +1,9 @@
 """Training windows of a table, as a function of seed and step.
 
 A window is what a forecast sees, and what follows. Where a model forecasts several patches in one
-pass, the last of its context are a gap, as in a forecast. Variates known in the future run one patch
-ahead: a token of theirs shows what the tokens beside it are to predict, which the causal mask allows.
+pass, the last of its context are a gap, as in a forecast. Variates known in the future run one
+patch ahead: a token of theirs shows what the tokens beside it are to predict, which the causal mask
+allows.
 
 Shapes: B windows, C variates, L points of a window.
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch
 from torch import Tensor
 
 from tsmoe.nn.block_sparse import attend_in_tiles

@@ -31,7 +31,7 @@ class QueryKeyValue(nn.Linear):
 
 
 def rows_in_pairs(weight: Tensor, projection: QueryKeyValue) -> Tensor:
-    """Order the rows of a matrix with 3D outputs so that coordinates to be turned are neighbours."""
+    """Order the rows of a matrix with 3D outputs so that coordinates to turn are neighbours."""
     turned, value = weight.tensor_split((2 * projection.in_features,))
     by_half = turned.unflatten(0, (2 * projection.num_heads, 2, -1))
     return torch.cat((by_half.transpose(1, 2).flatten(0, 2), value))

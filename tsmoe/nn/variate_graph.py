@@ -1,8 +1,8 @@
 """A graph of the variates of a window, from how alike their frequencies are.
 
-Source: Time Tracker (arXiv 2505.15151), the frequency-domain graph: spectra, distances of amplitudes,
-edge probabilities, a sample of them. The paper gives no formula from distance to probability; ours
-follows DUET's channel mask (arXiv 2412.10859) with the weight `alpha`.
+Source: Time Tracker (arXiv 2505.15151), the frequency-domain graph: spectra, distances of
+amplitudes, edge probabilities, a sample of them. The paper gives no formula from distance to
+probability; ours follows DUET's channel mask (arXiv 2412.10859) with the weight `alpha`.
 
 Shapes: B windows, C variates, L points, F frequencies, S segments.
 """
@@ -41,7 +41,7 @@ class VariateGraphConfig(Section):
     """Learn alpha by straight-through gradients of the sampled edges, which costs memory over all
     pairs of tokens while training; `alpha` is where it begins."""
     temperature: float = 1.0
-    """Of the Gumbel-Softmax; heeded where alpha is learned, as samples themselves do not heed it."""
+    """Of the Gumbel-Softmax; heeded where alpha is learned, as samples do not depend on it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1 or self.temperature <= 0:

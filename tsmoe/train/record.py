@@ -32,9 +32,20 @@ class RunRecord:
     """Metrics on disk and progress on the screen. Use as a context manager."""
 
     def __init__(
-        self, config: RecordedRun, *, first_step: int, ranks: Ranks, doing: str = "pretraining"
+        self,
+        config: RecordedRun,
+        *,
+        first_step: int,
+        ranks: Ranks,
+        doing: str = "pretraining",
+        learns_all: bool = True,
     ) -> None:
-        """Open the run's files on the first rank, and find out what its machine can compute."""
+        """Open the run's files on the first rank, and find out what its machine can compute.
+
+        Args:
+            learns_all: whether all weights learn; else operations are not counted.
+        """
+        self._counts_flops = learns_all
         training = config.training
         self._model = config.model
         self._progress = TrainingProgress(
@@ -81,7 +92,12 @@ class RunRecord:
     ) -> None:
         """Record a step that took `seconds`, of which this rank waited for data in some."""
         speed = throughput(
-            self._model, report, self._peak, seconds=seconds, seconds_waited=seconds_waited
+            self._model,
+            report,
+            self._peak,
+            seconds=seconds,
+            seconds_waited=seconds_waited,
+            counts_flops=self._counts_flops,
         )
         if self._writer is not None:
             self._writer.write_step(step, report, bias_ME=load_biases(routers), speed=speed)

@@ -69,7 +69,8 @@ class Throughput:
     points_per_second: float
     """Recorded points that were forecast."""
     tokens_per_second: float
-    flops_per_second: float
+    flops_per_second: float | None
+    """None where part of the weights rest: their gradients are not computed, nor counted."""
     mfu: float | None
     """Share of the peak; None where the peak is not known."""
     data_wait_share: float
@@ -87,14 +88,18 @@ def throughput(
     *,
     seconds: float,
     seconds_waited: float,
+    counts_flops: bool = True,
 ) -> Throughput:
     """Divide what a step did by the time that it took."""
-    flops_per_second = step_flops(model, report) / seconds
+    flops_per_second = step_flops(model, report) / seconds if counts_flops else None
+    mfu = None
+    if flops_per_second is not None and peak.flops_per_second is not None:
+        mfu = flops_per_second / peak.flops_per_second
     return Throughput(
         step_seconds=seconds,
         points_per_second=report.num_points / seconds,
         tokens_per_second=report.num_tokens / seconds,
         flops_per_second=flops_per_second,
-        mfu=None if peak.flops_per_second is None else flops_per_second / peak.flops_per_second,
+        mfu=mfu,
         data_wait_share=seconds_waited / seconds,
     )
