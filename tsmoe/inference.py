@@ -150,6 +150,7 @@ class Forecaster:
                 series_BCL.new_empty(len(series_BCL), 0, prediction_length),
                 batch_size,
             )
+            num_covariates = 0
         rolls = [
             _Roll(self.model, piece.to(self.device), known.to(self.device), num_covariates)
             for piece, known in zip(series_BCL.split(per_pass), future.split(per_pass), strict=True)

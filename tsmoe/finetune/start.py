@@ -65,12 +65,12 @@ def open_start(path: str) -> Start:
             checkpoint, meta = open_checkpoint(folder)
         except CheckpointError as error:
             raise CheckpointError(
-                f"start={path}: neither a package nor a run with a checkpoint ({error})"
+                f"model={path}: neither a package nor a run with a checkpoint ({error})"
             ) from error
         if "table" in meta.config:
             raise CheckpointError(
-                f"start={path}: the run of another fine-tuning; start from its package, which "
-                f"holds its best weights: start={folder / 'package'}"
+                f"model={path}: the run of another fine-tuning; start from its package, which "
+                f"holds its best weights: model={folder / 'package'}"
             )
         model = model_from_checkpoint(checkpoint, meta)
         card = {"step": meta.step, "checkpoint": str(checkpoint)}
