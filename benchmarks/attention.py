@@ -142,7 +142,7 @@ def train_model(variates: int, degree: int | None) -> dict[str, Any]:
     feed_forward = MoEConfig(d_ff_expert=D_MODEL, d_ff_shared=2 * D_MODEL)
     model = build_model(TimeTrackerConfig(
         patch_length=48, patch_stride=48, context_length=CONTEXT_LENGTH, d_model=D_MODEL,
-        num_layers=4, num_heads=NUM_HEADS, feed_forward=feed_forward,
+        num_layers=4, num_heads=NUM_HEADS, feed_forward=feed_forward, num_channel_mixed_layers=4,
     ))  # fmt: skip
     values_BCL = torch.randn(1, variates, CONTEXT_LENGTH).cumsum(-1)
     observed_BCL = torch.ones_like(values_BCL, dtype=torch.bool)

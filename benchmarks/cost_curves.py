@@ -80,7 +80,8 @@ def curves(*, quick: bool) -> dict[str, list[Point]]:
         for length in (480, 960, 2880, 5760, 11520)[::every]
     ]
     variates = [
-        Point(name=str(count), model=model(128, layers=2), windows=max(1, 862 // count),
+        Point(name=str(count), model=model(128, layers=2, num_channel_mixed_layers=2),
+              windows=max(1, 862 // count),
               variates=count, neighbours=min(8, count))
         for count in (1, 7, 21, 137, 321, 862)[::every]
     ]  # fmt: skip

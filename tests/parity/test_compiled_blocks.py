@@ -142,7 +142,7 @@ def test_passes_without_gradients_compile_nothing() -> None:
 def test_graph_of_variates_is_attended_without_compiling_attention() -> None:
     torch.compiler.reset()
     counters.clear()
-    model, plain = small_model(), small_model()
+    model, plain = (small_model(num_channel_mixed_layers=1) for _ in range(2))
     compile_blocks(model, device=torch.device("cpu"), backend="aot_eager")
     adjacency_BCC = torch.ones(3, 2, 2, dtype=torch.bool)
     found, expected = (m(*context(variates=2), adjacency_BCC) for m in (model, plain))

@@ -57,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
     from tsmoe.evaluate.forecast import evaluate_forecast
     from tsmoe.inference import Forecaster
 
+    table = read_table_of(args)
     forecaster = Forecaster.load(args.package, device=args.device)
-    data = order_covariates(args, read_table_of(args), forecaster)
+    data = order_covariates(args, table, forecaster)
     if args.context > forecaster.context_length:
         logger.warning(
             "the package looks back %d steps; of the %d of --context only the baselines use more",

@@ -64,10 +64,9 @@ def run(args: argparse.Namespace) -> int:
 
     from tsmoe.inference import Forecaster
 
+    table = read_table_of(args)
     forecaster = Forecaster.load(args.package, device=args.device)
-    data, future_FQ = split_future(
-        order_covariates(args, read_table_of(args), forecaster), args.horizon
-    )
+    data, future_FQ = split_future(order_covariates(args, table, forecaster), args.horizon)
     table = data.table
     levels = tuple(forecaster.quantile_levels)
     check_levels(asked, levels)

@@ -24,11 +24,19 @@ class FakeForecaster:
     context_length: int = 48
     seen: list[np.ndarray] = field(default_factory=list)
     card: dict = field(default_factory=dict)
+    mixes_variates: bool = False
 
     def forecast_batch(
-        self, context_BCL: np.ndarray, prediction_length: int, *, batch_size: int = 256
+        self,
+        context_BCL: np.ndarray,
+        prediction_length: int,
+        *,
+        batch_size: int = 256,
+        num_covariates: int = 0,
+        future_BFQ: np.ndarray | None = None,
     ) -> FakeForecast:
         self.seen.append(context_BCL.copy())
+        context_BCL = context_BCL[:, : context_BCL.shape[1] - num_covariates]
         mean_BCQ = self.rule(context_BCL, prediction_length).astype(np.float32)
         if not self.quantile_levels:
             return FakeForecast(mean_BCQ=mean_BCQ)

@@ -122,22 +122,6 @@ def test_last_token_ends_at_the_forecast_origin(make_model, walks_BCL, length: i
     torch.testing.assert_close(forecasts(short), forecasts(run(model, filled_BCL)))
 
 
-def test_adjacency_lets_variates_see_one_another(make_model) -> None:
-    model = make_model()
-    values_BCL = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
-    alone = run(model, values_BCL)
-    identity_BCC = torch.eye(3, dtype=torch.bool).expand(2, 3, 3)
-    # The same numbers by another kernel: float32 rounding.
-    torch.testing.assert_close(
-        run(model, values_BCL, identity_BCC).prediction_BCNPK,
-        alone.prediction_BCNPK,
-        rtol=1e-4,
-        atol=1e-5,
-    )
-    mixed = run(model, values_BCL, torch.ones(2, 3, 3, dtype=torch.bool))
-    assert (mixed.prediction_BCNPK - alone.prediction_BCNPK).abs().max() > 0.01
-
-
 def test_variates_and_windows_are_routed_and_predicted_alike(make_model) -> None:
     model = make_model()
     values_BCL = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(0))
