@@ -53,7 +53,9 @@ class GroupedState:
         return parameter.shape
 
     def begin_reading(self) -> None:
-        """Link moments to parameters."""
+        """Link moments to parameters; before the first step they are zeros."""
+        if not self._zero.optimizer.state:
+            _make_adam_state(self._zero, self._zero.single_partition_of_fp32_groups, 0)
         # DeepSpeed 0.19.8 links them after the first group has stepped and never again, so those
         # of later groups (experts always are one) would not be found.
         self._zero._hp_optimizer_states_linked = False
@@ -95,7 +97,9 @@ class SlicedState:
         return torch.Size(parameter.ds_shape)  # type: ignore[attr-defined]
 
     def begin_reading(self) -> None:
-        """Nothing to prepare."""
+        """Make moments, which are zeros before the first step."""
+        if not self._zero.optimizer.state:
+            self.begin_writing(0)
 
     def begin_writing(self, step: int) -> None:
         """Make Adam's state, which otherwise comes into being with the first step."""
