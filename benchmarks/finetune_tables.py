@@ -3,7 +3,7 @@
 Each row of the results is one `tsmoe finetune` command, which the results name; started again, runs
 that are done are not repeated. Writes results/finetune_tables.json, and a Markdown table beside it.
 
-    python benchmarks/finetune_tables.py --model PACKAGE --data TABLES_FOLDER --rows full,few_shot_10
+    python benchmarks/finetune_tables.py --model PACKAGE --data FOLDER --rows full,few_shot_10
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def cell(row: str, name: str, seed: int, args: argparse.Namespace) -> dict[str, 
         subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL)
         seconds.write_text(json.dumps(round(time.monotonic() - begun)), encoding="utf-8")
     found = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    errors = found["validation_mse"]
+    validation = found["validation_mse"]
     return {
         "table": name,
         "seed": seed,
@@ -81,13 +81,12 @@ def cell(row: str, name: str, seed: int, args: argparse.Namespace) -> dict[str, 
         "handed_over": found["handed_over"],
         "best_step": found["best_step"],
         "validation_mse": {
-            "start": errors["start_error"],
-            "best": min((e for e in errors["errors"].values() if e is not None), default=None),
+            "start": validation["start_error"],
+            "best": min((e for e in validation["errors"].values() if e is not None), default=None),
         },
         "test": {
-            result["model"]: {key: round(result[key], 4) for key in ("mse", "mae", "mase")}
-            for result in map(lambda pair: {"model": pair[0], **pair[1]},
-                              found["test"]["results"].items())
+            model: {key: round(errors[key], 4) for key in ("mse", "mae", "mase")}
+            for model, errors in found["test"]["results"].items()
         },
     }  # fmt: skip
 
