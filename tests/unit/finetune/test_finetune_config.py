@@ -1,0 +1,61 @@
+"""Settings of fine-tuning: presets, short forms, and what does not fit together."""
+
+import pytest
+
+from tsmoe.config import encode
+from tsmoe.errors import ConfigError
+from tsmoe.finetune.config import resolve_finetune
+
+BASE = ["model=pkg", "data=t.csv"]
+
+
+def test_short_forms_are_the_settings_that_they_stand_for() -> None:
+    short = resolve_finetune("full", ["model=pkg", "data=t.csv", "few_shot=0.1"])
+    long = resolve_finetune("full", ["start=pkg", "table.path=t.csv", "table.few_shot=0.1"])
+    assert short == long
+    assert (short.start, short.table.path, short.table.few_shot) == ("pkg", "t.csv", 0.1)
+
+
+@pytest.mark.parametrize("preset", ["full", "channel_mixed", "head", "low_rank"])
+def test_presets_resolve_and_say_what_they_are(preset) -> None:
+    config = resolve_finetune(preset, BASE)
+    assert config.mixing.num_channel_mixed_layers == (2 if preset == "channel_mixed" else 0)
+    assert config.trainable.trains == (preset if preset in ("head", "low_rank") else "all")
+    assert config.run == f"runs/finetune/{preset}"
+    assert encode(config)["start"] == "pkg"
+
+
+def test_from_scratch_brings_its_model() -> None:
+    config = resolve_finetune("from_scratch", ["data=t.csv"])
+    assert config.model is not None
+    assert config.start is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "named"),
+    [
+        ("full", ["data=t.csv"], "model=PACKAGE"),
+        ("full", ["model=pkg"], "data=TABLE"),
+        ("full", [*BASE, "few_shot=0"], "few_shot"),
+        ("full", [*BASE, "few_shot=1.5"], "few_shot"),
+        ("full", [*BASE, "table.prediction_length=0"], "prediction_length"),
+        ("full", [*BASE, "table.targets=[]"], "targets"),
+        ("full", [*BASE, "table.targets=[a,b]", "table.covariates=[b]"], "no column twice"),
+        ("full", [*BASE, "table.covariates=[b]"], "num_channel_mixed_layers is 0"),
+        ("channel_mixed", [*BASE, "table.known_future=[b]"], "'b'"),
+        ("full", [*BASE, "training.max_variates=3"], "max_variates"),
+        ("channel_mixed", [*BASE, "training.max_variates=0"], "max_variates"),
+        ("channel_mixed", [*BASE, "mixing.graph.alpha=1.5"], "alpha"),
+        ("low_rank", [*BASE, "trainable.low_rank.rank=0"], "rank"),
+        ("full", [*BASE, "trainable.trains=foo"], "trains"),
+        ("full", [*BASE, "optimizer.lr_scales={head: 0}"], "lr_scales.head"),
+        ("from_scratch", ["data=t.csv", "model=pkg"], "one of the two"),
+        ("from_scratch", ["data=t.csv", "trainable.trains=head"], "no start"),
+        ("full", [*BASE, "nonsense=1"], "nonsense"),
+        ("nonsense", BASE, "is no preset"),
+    ],
+)
+def test_what_does_not_fit_is_named_in_one_line(preset, settings, named) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        resolve_finetune(preset, settings)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,55 @@
+"""Early stop, which step is kept, and when the start is."""
+
+import math
+
+import pytest
+
+from tsmoe.finetune.guard import Guard, StoppingConfig
+
+
+def guard_of(start: float | None, *errors: float, patience: int = 2) -> Guard:
+    guard = Guard(patience=patience, start_error=start)
+    for place, error in enumerate(errors):
+        guard.add(10 * place, error)
+    return guard
+
+
+def test_lowest_error_is_kept_and_of_equal_ones_the_first() -> None:
+    assert guard_of(1.0, 0.9, 0.7, 0.7, 0.8).best_step == 10
+    assert guard_of(1.0).best_step is None
+    assert guard_of(1.0, math.nan, math.inf).best_step is None
+
+
+def test_patience_counts_validations_since_the_best() -> None:
+    assert not guard_of(1.0, 0.9, 0.8, 0.85).is_exhausted
+    assert guard_of(1.0, 0.9, 0.8, 0.85, 0.81).is_exhausted
+    assert not guard_of(1.0, 0.9, 0.8, 0.85, 0.79).is_exhausted
+    assert guard_of(1.0, math.nan, math.nan).is_exhausted
+
+
+@pytest.mark.parametrize(
+    ("guard", "keeps"),
+    [
+        (guard_of(1.0, 1.1, 0.9), False),
+        (guard_of(1.0, 1.0, 1.2), True),
+        (guard_of(1.0, math.nan), True),
+        (guard_of(1.0), True),
+        (guard_of(None, 5.0), False),
+    ],
+)
+def test_start_is_kept_unless_something_is_better(guard, keeps) -> None:
+    assert guard.keeps_start is keeps
+
+
+def test_a_guard_goes_on_from_what_a_checkpoint_remembers() -> None:
+    guard = guard_of(1.0, 0.9, math.nan, 0.95)
+    again = Guard.of_json(guard.as_json(), patience=2)
+    assert again == guard
+    assert again.is_exhausted
+    assert not Guard.of_json(guard.as_json(), patience=3).is_exhausted
+
+
+@pytest.mark.parametrize("name", ["patience", "max_windows"])
+def test_wrong_settings_are_named(name) -> None:
+    with pytest.raises(ValueError, match=name):
+        StoppingConfig(**{name: 0})
