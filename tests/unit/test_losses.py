@@ -6,7 +6,7 @@ from tsmoe.batch import WindowBatch
 from tsmoe.heads import NextPatchHead, QuantileHeadConfig
 from tsmoe.heads.point import PointHead
 from tsmoe.heads.quantile import QuantileHead
-from tsmoe.losses import LossTerms, next_patch_loss, target_patches
+from tsmoe.losses import ErrorUnit, LossTerms, next_patch_loss, target_patches
 from tsmoe.models.output import ModelOutput
 from tsmoe.nn.instance_norm import InstanceStatistics
 
@@ -119,8 +119,11 @@ def test_errors_are_measured_in_the_tokens_own_scale(case) -> None:
     torch.testing.assert_close(other_unit.error_B, plain.error_B, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("error_unit", ["window", "values"])
 @pytest.mark.parametrize("head", [PointHead(4, 3), QuantileHead(QuantileHeadConfig(), 4, 3)])
-def test_errors_can_be_measured_in_the_scale_of_the_window(head: NextPatchHead) -> None:
+def test_errors_can_be_measured_in_the_scale_of_the_window_or_as_they_are(
+    head: NextPatchHead, error_unit: ErrorUnit
+) -> None:
     generator = torch.Generator().manual_seed(0)
     levels = len(head.quantile_levels) or 1
     prediction_BCNPK = torch.randn(4, 1, 2, 3, levels, generator=generator)
@@ -137,15 +140,15 @@ def test_errors_can_be_measured_in_the_scale_of_the_window(head: NextPatchHead) 
         target_BCNP,
         torch.ones(4, 1, 2, 3, dtype=torch.bool),
         target_clip=NO_CLIP,
-        error_unit="window",
+        error_unit=error_unit,
     )
     in_its_unit_BCNPK = (
         prediction_BCNPK * statistics.scale_BCN1[..., None] + statistics.loc_BCN1[..., None]
     )
-    of_window_BC11 = statistics.scale_BCN1[:, :, -1:]
-    expected = head.point_errors(
-        in_its_unit_BCNPK / of_window_BC11[..., None], target_BCNP / of_window_BC11
-    )
+    unit_BC11 = statistics.scale_BCN1[:, :, -1:]
+    if error_unit == "values":
+        unit_BC11 = torch.ones_like(unit_BC11)
+    expected = head.point_errors(in_its_unit_BCNPK / unit_BC11[..., None], target_BCNP / unit_BC11)
     # Differences of numbers near 50 in float32: 4e-6 each.
     torch.testing.assert_close(terms.error_B, expected.sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
 
