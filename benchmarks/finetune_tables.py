@@ -34,6 +34,9 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "low_rank": ("low_rank", []),
     "experts": ("full", ["trainable.trains=experts"]),
     "channel_mixed": ("channel_mixed", []),
+    "low_lr": ("full", ["optimizer.lr=0.00005"]),
+    "all_tokens": ("full", ["training.loss_on=all", "optimizer.lr=0.0001"]),
+    "more_dropout": ("full", ["dropout=0.3", "optimizer.lr=0.0001"]),
     "bad_lr": ("full", ["optimizer.lr=3.0", "training.steps=60"]),
 }
 
