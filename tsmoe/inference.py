@@ -165,8 +165,17 @@ class Forecaster:
         )
 
     @torch.inference_mode()
-    def graph(self, context_CL: Floats, *, num_covariates: int = 0) -> Graph:
-        """Return the graph of one window's variates, that the channel-mixed layers look along.
+    def graph(
+        self,
+        context_CL: Floats,
+        prediction_length: int,
+        *,
+        num_covariates: int = 0,
+        future_FQ: Floats | None = None,
+    ) -> Graph:
+        """Return the graph that the first pass of a window's forecast looks along.
+
+        Args and errors as `forecast_batch`, of one window.
 
         Raises:
             ConfigError: if the model treats each variate by itself.
@@ -176,10 +185,17 @@ class Forecaster:
                 "the model has no graph: each variate is forecast by itself; fine-tune it with "
                 "mixing.num_channel_mixed_layers above 0"
             )
-        context = torch.from_numpy(np.asarray(context_CL, np.float32)[:, -self.context_length :])
-        values_BCL = context.clone()[None].to(self.device)
-        is_covariate_BC = _is_covariate(values_BCL, num_covariates)
-        return self.model.variate_graph(values_BCL, ~values_BCL.isnan(), is_covariate_BC)
+        context_BCL = np.array(context_CL, np.float32)[None, :, -self.context_length :]
+        future = self._check_covariates(
+            context_BCL,
+            prediction_length,
+            num_covariates,
+            None if future_FQ is None else np.asarray(future_FQ)[None],
+        )
+        series_BCL = torch.from_numpy(context_BCL).to(self.device)
+        roll = _Roll(self.model, series_BCL, future.to(self.device), num_covariates)
+        window_BCL = roll.window(roll.patches_of_pass(prediction_length))
+        return self.model.variate_graph(window_BCL, ~window_BCL.isnan(), roll.is_covariate_BC)
 
     @property
     def mixes_variates(self) -> bool:
@@ -244,7 +260,7 @@ class _Roll:
         predicted: list[Tensor] = []
         missing = -(-prediction_length // self.config.patch_length)
         while missing:
-            count = min(missing, self.config.lookahead_patches)
+            count = self.patches_of_pass(missing * self.config.patch_length)
             patches_BCQK = self._next_patches(count)
             predicted.append(patches_BCQK[:, : self.num_targets])
             missing -= count
@@ -258,14 +274,25 @@ class _Roll:
             self.origin += point_BCQ.shape[-1]
         return torch.cat(predicted, dim=2)[:, :, :prediction_length]
 
-    def _next_patches(self, count: int) -> Tensor:
-        """Forecast `count` patches in one pass: all but the last are a gap at the end."""
-        patch_length, stride = self.config.patch_length, self.config.patch_stride
-        gap = (count - 1) * patch_length
+    def patches_of_pass(self, prediction_length: int) -> int:
+        """Return how many patches the next pass forecasts."""
+        wanted = -(-prediction_length // self.config.patch_length)
+        return min(wanted, self.config.lookahead_patches)
+
+    def window(self, count: int) -> Tensor:
+        """Lay out what forecasts `count` patches in one pass: all but the last are a gap."""
+        gap = (count - 1) * self.config.patch_length
         window_BCL = torch.nn.functional.pad(self.series_BCL, (0, gap), value=torch.nan)
         window_BCL = window_BCL[..., -self.config.context_length :].clone()
         if self.num_known:
-            window_BCL[:, -self.num_known :] = self._known(window_BCL.shape[-1], gap + patch_length)
+            ahead = gap + self.config.patch_length
+            window_BCL[:, -self.num_known :] = self._known(window_BCL.shape[-1], ahead)
+        return window_BCL
+
+    def _next_patches(self, count: int) -> Tensor:
+        """Forecast `count` patches in one pass."""
+        patch_length, stride = self.config.patch_length, self.config.patch_stride
+        window_BCL = self.window(count)
         output = self.model(window_BCL, ~window_BCL.isnan(), is_covariate_BC=self.is_covariate_BC)
         # Tokens whose ends lie one patch apart, the last one at the end of the gap.
         per_patch = patch_length // stride

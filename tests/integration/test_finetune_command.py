@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from finetune_run import SMALL, write_package, write_table
+from finetune_run import SMALL, SMALL_MODEL, write_package, write_table
 from tsmoe.__main__ import main
-from tsmoe.checkpoint.package import load_package
+from tsmoe.checkpoint.package import load_package, save_package
 from tsmoe.config import merge_layers
 from tsmoe.inference import Forecaster
+from tsmoe.models import build_model
 
 TIMEOUT = 120
 # Two variates of the small model fit, three do not.
@@ -79,7 +82,7 @@ def test_fine_tuned_package_is_better_than_its_start(
         assert found["mse"] == pytest.approx(scores[row]["mse"], rel=1e-5)
     card = load_package(run / "package")[1]
     assert card["step"] == result["best_step"]
-    assert card["fine_tuning"]["variates"] == ["a", "b", "c", "hour"]
+    assert card["table"]["targets"] == ["a", "b", "c", "hour"]
 
 
 def test_package_that_was_fine_tuned_can_be_fine_tuned_again(
@@ -132,9 +135,7 @@ def test_forecast_takes_covariates_that_are_known_ahead(
 ) -> None:
     assert main([*write_config(MIXED), *inputs(folder), "training.steps=2"]) == 0
     package = str(tmp_path / "run" / "package")
-    # Whatever validation says of two steps: with mixed layers or the start as it was.
-    if not Forecaster.load(package).mixes_variates:
-        pytest.fail("the start was kept, so that nothing is shown")
+    assert Forecaster.load(package).mixes_variates, "or nothing is shown"
     table = pd.read_csv(folder / "table.csv")
     table.loc[460:, ["a", "b", "c"]] = np.nan
     ahead = tmp_path / "ahead.csv"
@@ -149,7 +150,41 @@ def test_forecast_takes_covariates_that_are_known_ahead(
     assert "hour must be known for the 41 steps" in capsys.readouterr().err
     table.drop(columns="hour").to_csv(ahead, index=False)
     assert main(["forecast", package, str(ahead), "--horizon", "40"]) == 2
-    assert "'hour' is none of" in capsys.readouterr().err
+    assert "no column 'hour', a covariate" in capsys.readouterr().err
+
+
+def test_start_that_is_kept_still_knows_what_is_forecast(
+    folder, write_config, tmp_path, capsys
+) -> None:
+    words = [*write_config(MIXED), *inputs(folder), "optimizer.lr=1e9", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["handed_over"] == "zero_shot"
+    table = pd.read_csv(folder / "table.csv")
+    table.loc[460:, ["a", "b", "c"]] = np.nan
+    table.to_csv(tmp_path / "ahead.csv", index=False)
+    package = str(tmp_path / "run" / "package")
+    assert main(["forecast", package, str(tmp_path / "ahead.csv"), "--horizon", "40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "date,a,c"
+    assert lines[1].startswith(table["date"][460])
+
+
+def test_mixed_package_forecasts_the_columns_that_it_learned(
+    folder, write_config, tmp_path, capsys
+) -> None:
+    some = {"table": {"targets": ["c"], "covariates": ["b"], "context_length": 40},
+            "mixing": {"num_channel_mixed_layers": 1}}  # fmt: skip
+    assert main([*write_config(some), *inputs(folder), "optimizer.lr=0.01", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["handed_over"] == "fine_tuned"
+    words = ["evaluate", str(tmp_path / "run" / "package"), "--data", str(folder / "table.csv")]
+    words += ["--context", "40", "--horizon", "32", "--json", "-"]
+    for more in ([], ["--columns", "c"]):
+        assert main([*words, *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert list(found["variates"]) == ["c"]
+        expected = result["test"]["results"]["fine_tuned"]["mse"]
+        assert found["results"][0]["mse"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("lr", [1e3, 1e30])
@@ -180,8 +215,17 @@ def test_training_from_scratch_needs_no_package(folder, write_config, capsys) ->
     assert main([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["handed_over"] == "fine_tuned"
+    assert result["best_step"] > 0
     assert next(iter(result["test"]["results"])) == "fine_tuned"
     assert result["validation_mse"]["start_error"] is None
+
+
+def test_nothing_learned_from_scratch_is_an_error(folder, write_config, tmp_path, capsys) -> None:
+    model = yaml.safe_load((folder / "package" / "model.yaml").read_text())
+    words = [*write_config({"model": model}), f"data={folder / 'table.csv'}"]
+    assert main([*words, "optimizer.lr=1e9"]) != 0
+    assert "lower optimizer.lr" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "package").exists()
 
 
 @pytest.mark.parametrize("kind", ["all", "low_rank"])
@@ -224,8 +268,53 @@ def test_run_that_is_done_says_its_result_again(folder, write_config, tmp_path, 
     first = capsys.readouterr().out
     assert main(words) == 0
     assert capsys.readouterr().out == first
-    assert main([*words, "seed=1"]) != 0
-    assert "other settings (seed)" in capsys.readouterr().err
+    for setting in ("seed=1", "stopping.max_windows=5", "optimizer.lr=0.5"):
+        assert main([*words, setting]) != 0
+        name = setting.split("=")[0]
+        name = name if name.startswith("stopping") else name.split(".")[0]
+        assert f"other settings ({name})" in capsys.readouterr().err
+    assert main([*words, "table.season=12"]) == 0, "a baseline's alone"
+
+
+def test_run_is_not_continued_from_another_start(folder, write_config, tmp_path, capsys) -> None:
+    shutil.copytree(folder / "package", tmp_path / "start")
+    words = [*write_config(), f"model={tmp_path / 'start'}", f"data={folder / 'table.csv'}"]
+    assert main(words) == 0
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "start", moved)
+    again = [word.replace(str(tmp_path / "start"), str(moved)) for word in words]
+    assert main(again) == 0, "the same weights elsewhere"
+    write_package(tmp_path / "start", has_quantiles=True)
+    assert main(words) != 0
+    assert "model, start_sha256" in capsys.readouterr().err
+
+
+def test_gaps_that_leave_no_linear_baseline_do_not_stop_the_run(
+    folder, write_config, tmp_path, capsys
+) -> None:
+    def sieve(table: pd.DataFrame) -> pd.DataFrame:
+        table.loc[::20, ["a", "b", "c", "hour"]] = np.nan
+        return table
+
+    words = [*write_config(), f"model={folder / 'package'}", altered(folder, tmp_path, sieve)]
+    assert main([*words, "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["test"]["results"]
+    assert list(scores) == ["zero_shot", "fine_tuned", "seasonal_naive", "naive"]
+
+
+def test_windows_without_anything_to_learn_are_left_out(
+    folder, write_config, tmp_path, capsys
+) -> None:
+    def half(table: pd.DataFrame) -> pd.DataFrame:
+        table.loc[150:349, ["a", "b", "c", "hour"]] = np.nan
+        return table
+
+    words = [*write_config(), f"model={folder / 'package'}", altered(folder, tmp_path, half)]
+    one = ["training.global_batch_size=1", "training.micro_batch_size=1", "training.steps=20"]
+    assert main([*words, *one, "training.loss_on=horizon", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert "broke off" not in result["verdict"]
+    assert "20" in result["validation_mse"]["errors"]
 
 
 def altered(folder: Path, tmp_path: Path, change) -> str:
@@ -238,11 +327,16 @@ def altered(folder: Path, tmp_path: Path, change) -> str:
 @pytest.mark.parametrize(
     ("change", "settings", "named"),
     [
-        (lambda t: t[:80], [], "rows"),
-        (lambda t: t.assign(b=np.nan), [], "b"),
-        (lambda t: t, ["table.targets=[a,zzz]"], "zzz"),
-        (lambda t: t.assign(date=t["date"].where(t.index != 40, "2024-01-02 15:30")), [], "date"),
-        (lambda t: t, ["table.split=[0.5,0.1,0.1,0.1]"], "split"),
+        (lambda t: t[:80], [], "train: 96 needed, 56 there"),
+        (lambda t: t.assign(b=np.nan), [], "(350 rows) of b;"),
+        (lambda t: t, ["table.targets=[a,zzz]"], "no column 'zzz'"),
+        (lambda t: t, ["table.split=[.nan,0.1,0.2]"], "three positive shares"),
+        (lambda t: t, ["table.season=-3"], "season (-3)"),
+        (lambda t: t, ["seed=-1"], "seed (-1)"),
+        (lambda t: t, ["optimizer.lr=.nan"], "lr (nan)"),
+        (lambda t: t, ["mixing.num_channel_mixed_layers=-1"], "num_channel_mixed_layers (-1)"),
+        (lambda t: t.assign(date=t["date"].where(t.index != 40, "2024-01-02 15:30")), [], "'date'"),
+        (lambda t: t, ["table.split=[0.5,0.1,0.1,0.1]"], "table.split"),
     ],
 )  # fmt: skip
 def test_table_that_cannot_be_used_is_one_clear_line(
@@ -276,8 +370,16 @@ def test_more_variates_than_memory_holds_are_refused_with_what_fits(
     assert main([*words, f"training.max_variates={most}"]) == 0
 
 
-def test_package_of_another_patch_length_brings_its_own(folder, write_config, tmp_path) -> None:
-    """Patches are the package's; a horizon that is no multiple of them is forecast all the same."""
+def test_horizon_need_be_no_multiple_of_the_patch(folder, write_config, tmp_path) -> None:
     assert main([*write_config(), *inputs(folder), "table.prediction_length=37"]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["test"]["horizon"] == 37
+
+
+def test_package_of_other_patches_brings_its_own(folder, write_config, tmp_path, capsys) -> None:
+    other = replace(SMALL_MODEL, patch_length=8, patch_stride=4, context_length=56)
+    save_package(tmp_path / "other", build_model(other), {})
+    words = [*write_config(), f"model={tmp_path / 'other'}", f"data={folder / 'table.csv'}"]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["context"] == 56
+    assert load_package(tmp_path / "run" / "package")[0].config == other

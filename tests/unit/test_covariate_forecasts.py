@@ -94,13 +94,24 @@ def test_model_that_mixes_nothing_leaves_covariates_out(make_model) -> None:
             values_BCL, 16, num_covariates=1, future_BFQ=np.zeros((2, 1, 16), np.float32)
         )
     with pytest.raises(ConfigError, match="has no graph"):
-        forecaster.graph(values_BCL[0])
+        forecaster.graph(values_BCL[0], 16)
 
 
-def test_graph_of_a_window_is_that_of_its_forecast(forecaster) -> None:
-    graph = forecaster.graph(context(3, LENGTH), num_covariates=1)
-    assert graph.adjacency_BCC[0, :2, 2].all()
-    assert graph.adjacency_BCC[0, 2].tolist() == [False, False, True]
+@pytest.mark.parametrize("prediction_length", [8, 16, 40])
+def test_graph_of_a_window_is_that_of_its_forecast(forecaster, prediction_length) -> None:
+    values_BCL, future_BFQ = context(1, 4, 80), context(1, 1, prediction_length, seed=1)
+    seen = []
+    handle = forecaster.model.variate_graph.register_forward_hook(
+        lambda _module, _inputs, graph: seen.append(graph)
+    )
+    options = {"num_covariates": 1}
+    forecaster.forecast_batch(values_BCL, prediction_length, future_BFQ=future_BFQ, **options)
+    handle.remove()
+    graph = forecaster.graph(values_BCL[0], prediction_length, future_FQ=future_BFQ[0], **options)
+    assert torch.equal(graph.edge_probability_BCC, seen[0].edge_probability_BCC)
+    assert torch.equal(graph.adjacency_BCC, seen[0].adjacency_BCC)
+    assert graph.adjacency_BCC[0, :3, 3].all()
+    assert graph.adjacency_BCC[0, 3].tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
-"""Covariates of a table on the command line: which columns, and what of them is known ahead.
+"""Which columns of a table are forecast, which only help, and what of those is known ahead.
 
-Shapes: C variates, F covariates known in the future, L rows, Q prediction steps.
+A package that was fine-tuned knows the columns it learned with; options name others.
+
+Shapes: F covariates known in the future, L rows, Q prediction steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tsmoe.commands.options import split_names
+from tsmoe.commands.options import read_table_of, split_names
 from tsmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
     from data_pipeline.table import Table
     from tsmoe.inference import Forecaster
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,16 @@ class CovariateTable:
         """First variates, which are forecast."""
         return len(self.table.variates) - self.num_covariates
 
+    def without_covariates(self) -> CovariateTable:
+        """Leave the targets alone."""
+        count = self.num_targets
+        table = replace(
+            self.table,
+            variates=self.table.variates[:count],
+            values_LC=self.table.values_LC[:, :count].copy(),
+        )
+        return CovariateTable(table=table, num_covariates=0, num_known_future=0)
+
 
 def add_covariate_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that name covariates."""
@@ -44,37 +59,42 @@ def add_covariate_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def order_covariates(
-    args: argparse.Namespace, table: Table, forecaster: Forecaster
-) -> CovariateTable:
-    """Put covariates behind the targets: those of the options, or that the package learned with.
+def read_covariate_table(args: argparse.Namespace, forecaster: Forecaster) -> CovariateTable:
+    """Read targets and covariates: those of the options, else those the package learned with.
 
     Raises:
-        ConfigError: if a name is not a column, nothing is left to forecast, or the package has no
-            use for covariates.
+        ConfigError: if a name is not a column, or nothing is left to forecast.
+        DataError: for everything that is wrong with the file.
     """
     covariates = split_names("--covariates", args.covariates)
     known = split_names("--known-future", args.known_future)
+    targets = split_names("--columns", args.columns)
+    learned: dict[str, Any] = forecaster.card.get("table", {})
+    if covariates is None and known is not None:
+        raise ConfigError("--known-future names covariates; name all of them by --covariates")
     if covariates is None:
-        if known is not None:
-            raise ConfigError("--known-future names covariates; name all of them by --covariates")
-        covariates, known = _of_package(forecaster.card)
+        covariates, known = learned.get("covariates", []), learned.get("known_future", [])
     known = known or []
-    if covariates and not forecaster.mixes_variates:
+    if strangers := [name for name in known if name not in covariates]:
+        raise ConfigError(f"--known-future: {strangers[0]!r} is not among the covariates")
+    if targets is not None:
+        targets = [name for name in targets if name not in covariates]
+    table = read_table_of(args, also=covariates)
+    if strangers := [name for name in covariates if name not in table.variates]:
+        why = "" if args.covariates else " (the package learned with it; --covariates names others)"
         raise ConfigError(
-            "--covariates: this package forecasts each variate by itself; fine-tune it with "
-            "table.covariates and mixing.num_channel_mixed_layers, or leave the option out"
+            f"{table.path}: no column {strangers[0]!r}, a covariate{why}; columns there: "
+            f"{', '.join(table.variates[:20])}"
         )
-    for option, names, among in (
-        ("--covariates", covariates, list(table.variates)),
-        ("--known-future", known, covariates),
-    ):
-        if strangers := [name for name in names if name not in among]:
-            raise ConfigError(
-                f"{option}: {strangers[0]!r} is none of {', '.join(among[:20]) or 'none'}"
-                + ("" if args.covariates else " (the package learned with it)")
-            )
-    targets = [name for name in table.variates if name not in covariates]
+    if targets is None:
+        targets = [name for name in table.variates if name not in covariates]
+        of_package = learned.get("targets", [])
+        if forecaster.mixes_variates and of_package and set(of_package) < set(targets):
+            logger.info(
+                "%s: of its columns the package learned to forecast %s; --columns names others",
+                table.path, ", ".join(of_package[:20]),
+            )  # fmt: skip
+            targets = of_package
     if not targets:
         raise ConfigError(f"{table.path}: all columns are covariates; leave one to forecast")
     order = [*targets, *(name for name in covariates if name not in known), *known]
@@ -84,6 +104,17 @@ def order_covariates(
         num_covariates=len(covariates),
         num_known_future=len(known),
     )
+
+
+def seen_by(data: CovariateTable, forecaster: Forecaster) -> CovariateTable:
+    """Leave covariates out, and say so, where the package forecasts each variate by itself."""
+    if not data.num_covariates or forecaster.mixes_variates:
+        return data
+    logger.warning(
+        "this package forecasts each variate by itself; covariates (%s) are left out",
+        ", ".join(data.table.variates[data.num_targets :][:20]),
+    )
+    return data.without_covariates()
 
 
 def split_future(data: CovariateTable, horizon: int) -> tuple[CovariateTable, np.ndarray]:
@@ -116,10 +147,3 @@ def split_future(data: CovariateTable, horizon: int) -> tuple[CovariateTable, np
     )
     future_FQ = table.values_LC[end : end + horizon, len(table.variates) - known :].T
     return replace(data, table=past), np.ascontiguousarray(future_FQ)
-
-
-def _of_package(card: dict[str, Any]) -> tuple[list[str], list[str]]:
-    learned = card.get("fine_tuning", {})
-    variates = learned.get("variates", [])
-    count, known = learned.get("num_covariates", 0), learned.get("num_known_future", 0)
-    return variates[len(variates) - count :], variates[len(variates) - known :]

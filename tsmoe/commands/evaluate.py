@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tsmoe.commands.covariates import add_covariate_options, order_covariates
+from tsmoe.commands.covariates import add_covariate_options, read_covariate_table, seen_by
 from tsmoe.commands.options import (
     add_table_options,
-    read_table_of,
     require_positive,
+    split_names,
     split_numbers,
 )
 from tsmoe.errors import ConfigError
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     from tsmoe.evaluate.forecast import evaluate_forecast
     from tsmoe.inference import Forecaster
 
-    table = read_table_of(args)
+    split_names("--columns", args.columns)
     forecaster = Forecaster.load(args.package, device=args.device)
-    data = order_covariates(args, table, forecaster)
+    data = seen_by(read_covariate_table(args, forecaster), forecaster)
     if args.context > forecaster.context_length:
         logger.warning(
             "the package looks back %d steps; of the %d of --context only the baselines use more",

@@ -10,11 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from tsmoe.commands.covariates import add_covariate_options, order_covariates, split_future
+from tsmoe.commands.covariates import (
+    add_covariate_options,
+    read_covariate_table,
+    seen_by,
+    split_future,
+)
 from tsmoe.commands.options import (
     add_table_options,
-    read_table_of,
     require_positive,
+    split_names,
     split_numbers,
 )
 from tsmoe.errors import ConfigError, DataError
@@ -64,13 +69,17 @@ def run(args: argparse.Namespace) -> int:
 
     from tsmoe.inference import Forecaster
 
-    table = read_table_of(args)
+    split_names("--columns", args.columns)
     forecaster = Forecaster.load(args.package, device=args.device)
-    data, future_FQ = split_future(order_covariates(args, table, forecaster), args.horizon)
+    data, future_FQ = split_future(read_covariate_table(args, forecaster), args.horizon)
+    data = seen_by(data, forecaster)
+    future_FQ = future_FQ[: data.num_known_future]
     table = data.table
     levels = tuple(forecaster.quantile_levels)
     check_levels(asked, levels)
-    rows = _context_rows(args.context, len(table.values_LC), forecaster.context_length)
+    learned = forecaster.card.get("table", {}).get("context_length")
+    usual = learned or forecaster.context_length
+    rows = _context_rows(args.context, len(table.values_LC), usual)
     context_CL = np.ascontiguousarray(table.values_LC[-rows:].T)
     _check_observed(args.data, table, context_CL)
     forecast = forecaster.forecast_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tsmoe.errors import ConfigError
@@ -23,14 +24,17 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
 
 
-def read_table_of(args: argparse.Namespace) -> Table:
-    """Read the table that the options name."""
+def read_table_of(args: argparse.Namespace, *, also: Sequence[str] = ()) -> Table:
+    """Read the table that the options name; columns of `also` come with those of --columns."""
     from data_pipeline.table import read_table
 
+    columns = split_names("--columns", args.columns)
+    if columns is not None:
+        columns += [name for name in also if name not in columns]
     return read_table(
         args.data,
         time_column=args.time_column,
-        columns=split_names("--columns", args.columns),
+        columns=columns,
         ignores_time=args.ignore_time,
     )
 

@@ -30,7 +30,7 @@ class OptimizerConfig(Section):
     0.1}`; parts are what dots separate. The last one that fits counts."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip_grad_norm <= 0 or self.weight_decay < 0:
+        if not (self.lr > 0 and self.clip_grad_norm > 0 and self.weight_decay >= 0):
             raise ValueError(
                 f"lr ({self.lr}) and clip_grad_norm ({self.clip_grad_norm}) must be above 0, "
                 f"weight_decay ({self.weight_decay}) at least 0"

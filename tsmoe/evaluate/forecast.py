@@ -6,6 +6,7 @@ Shapes: B windows, C variates, L context steps (or rows of a table), Q predictio
 levels.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ from tsmoe.evaluate.report import ForecastPicture
 if TYPE_CHECKING:
     from data_pipeline.table import Table
     from tsmoe.inference import Forecast, Forecaster
+
+logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("ltsf",)
 BASELINES = ("naive", "seasonal_naive", "linear")
@@ -87,6 +90,7 @@ def evaluate_forecast(
     split: tuple[float, float, float] | None = None,
     season: int | None = None,
     baselines: Iterable[str] = BASELINES,
+    must_fit: bool = True,
     batch_size: int = 256,
     num_covariates: int = 0,
     num_known_future: int = 0,
@@ -101,6 +105,8 @@ def evaluate_forecast(
         split: shares of train, validation and test; None takes the usual borders of the set.
         season: steps in one season; None takes the usual one of the sampling interval.
         baselines: any of `BASELINES`; `linear` is the only one that is fitted.
+        must_fit: whether `linear` must be there; else it is left out, with a warning, where gaps
+            leave nothing to fit it on.
         batch_size: windows that are forecast together.
         num_covariates: last variates of the table, that the forecaster sees and does not forecast;
             baselines do not see them.
@@ -137,6 +143,7 @@ def evaluate_forecast(
         context_length=context_length,
         prediction_length=prediction_length,
         path=table.path,
+        must_fit=must_fit,
     )
     seasonal_error_C = seasonal_differences(scaled_LC[: borders.train_end, :num_targets], season)
     levels = tuple(forecaster.quantile_levels)
@@ -223,6 +230,7 @@ def _fit_baselines(
     context_length: int,
     prediction_length: int,
     path: str,
+    must_fit: bool,
 ) -> dict[str, Baseline]:
     baselines: dict[str, Baseline] = {}
     for name in names:
@@ -232,13 +240,18 @@ def _fit_baselines(
             case "seasonal_naive":
                 baselines[name] = SeasonalNaive(season)
             case "linear":
-                baselines[name] = fit_linear(
-                    scaled_LC,
-                    borders,
-                    context_length=context_length,
-                    prediction_length=prediction_length,
-                    path=path,
-                )
+                try:
+                    baselines[name] = fit_linear(
+                        scaled_LC,
+                        borders,
+                        context_length=context_length,
+                        prediction_length=prediction_length,
+                        path=path,
+                    )
+                except DataError as error:
+                    if must_fit:
+                        raise
+                    logger.warning("left out: %s", error)
     return baselines
 
 

@@ -101,7 +101,7 @@ def ltsf_borders(
         if ett is not None:
             return _ett_borders(path, num_rows, month_rows=_ETT_MONTH_ROWS[ett[1].lower()])
         split = DEFAULT_SPLIT
-    if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
+    if len(split) != 3 or not min(split) > 0 or not abs(sum(split) - 1) <= 1e-6:
         raise ConfigError(
             f"split must be three positive shares with sum 1, got {tuple(split)}; "
             f"the usual one is {DEFAULT_SPLIT}"

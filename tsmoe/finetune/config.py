@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tsmoe.checkpoint.saver import CheckpointConfig
 from tsmoe.config import Section, decode, merge_layers, parse_override
 from tsmoe.engine import EngineConfig, PlainEngineConfig
 from tsmoe.engine.optimizer import OptimizerConfig
@@ -58,6 +57,8 @@ class TableConfig(Section):
                 f"prediction_length ({self.prediction_length}) and context_length "
                 f"({self.context_length}) must be at least 1"
             )
+        if self.season is not None and self.season < 1:
+            raise ValueError(f"season ({self.season}) must be at least 1")
         if not 0 < self.few_shot <= 1:
             raise ValueError(f"few_shot ({self.few_shot}) must be above 0 and at most 1")
         named = [*(self.targets or ()), *self.covariates]
@@ -107,6 +108,24 @@ class MixingConfig(Section):
     """Last layers that do; 0: every variate by itself."""
     graph: VariateGraphConfig = field(default_factory=VariateGraphConfig)
 
+    def __post_init__(self) -> None:
+        if self.num_channel_mixed_layers < 0:
+            raise ValueError(
+                f"num_channel_mixed_layers ({self.num_channel_mixed_layers}) must be at least 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptCheckpointsConfig(Section):
+    """A checkpoint follows each validation, and the best one stays."""
+
+    keep: int = 2
+    """Newest checkpoints that are kept beside the best one."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep ({self.keep}) must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Section):
@@ -130,11 +149,12 @@ class FinetuneConfig(Section):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     balance: BalanceConfig = field(default_factory=lambda: BalanceConfig(rate=0.0))
     """Ours: the load bias rests, as experts have found their work in pretraining."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """`keep` and milestones; a checkpoint follows each validation, and the best one stays."""
+    checkpoint: KeptCheckpointsConfig = field(default_factory=KeptCheckpointsConfig)
     engine: EngineConfig = field(default_factory=PlainEngineConfig)
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed ({self.seed}) must be at least 0")
         if (self.start is None) == (self.model is None):
             raise ValueError(
                 "give start=PACKAGE to fine-tune what was pretrained, or a model section to train "

@@ -27,7 +27,10 @@ class StoppingConfig(Section):
 
 @dataclass
 class Guard:
-    """Remembers the error after each validation; errors are mean squares, lower is better."""
+    """Remembers the error after each validation; errors are mean squares, lower is better.
+
+    One that is not finite counts as infinite.
+    """
 
     patience: int
     start_error: float | None = None
@@ -36,13 +39,22 @@ class Guard:
     """By steps done, in order."""
 
     def add(self, step: int, error: float) -> None:
-        """Note the error after `step` steps; one that is not finite counts as infinite."""
+        """Note the error after `step` steps."""
         self.errors[step] = error if math.isfinite(error) else math.inf
+
+    def set_start(self, error: float) -> None:
+        """Note the error of the start as it was pretrained."""
+        self.start_error = error if math.isfinite(error) else math.inf
 
     @property
     def best_step(self) -> int | None:
-        """Steps after which the error was lowest; None before the first validation."""
+        """Steps after which the error was lowest; None before a validation that counts.
+
+        From scratch what stands before the first step is random, so it does not count.
+        """
         finite = {step: error for step, error in self.errors.items() if math.isfinite(error)}
+        if self.start_error is None:
+            finite.pop(0, None)
         return min(finite, key=lambda step: (finite[step], step)) if finite else None
 
     @property
@@ -50,7 +62,7 @@ class Guard:
         """Whether patience has run out: too many validations since the best one."""
         steps = list(self.errors)
         best = self.best_step
-        since = len(steps) if best is None else len(steps) - 1 - steps.index(best)
+        since = len(steps) - 1 if best is None else len(steps) - 1 - steps.index(best)
         return since >= self.patience
 
     @property
@@ -64,7 +76,8 @@ class Guard:
     def as_json(self) -> dict[str, object]:
         """Return plain values for a checkpoint; `of_json` undoes it."""
         errors = {str(step): None if e == math.inf else e for step, e in self.errors.items()}
-        return {"start_error": self.start_error, "errors": errors}
+        is_infinite = self.start_error == math.inf
+        return {"start_error": "infinite" if is_infinite else self.start_error, "errors": errors}
 
     @classmethod
     def of_json(cls, values: dict[str, object], *, patience: int) -> Guard:
@@ -72,6 +85,8 @@ class Guard:
         errors = values["errors"]
         assert isinstance(errors, dict)
         start_error = values["start_error"]
+        if start_error == "infinite":
+            start_error = math.inf
         assert start_error is None or isinstance(start_error, float)
         found = {int(step): math.inf if e is None else e for step, e in errors.items()}
         return cls(patience=patience, start_error=start_error, errors=found)

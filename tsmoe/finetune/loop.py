@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,7 +16,7 @@ from tsmoe import ranks as ranks_module
 from tsmoe.checkpoint.elastic import StateReader
 from tsmoe.checkpoint.layout import CheckpointMeta, write_text
 from tsmoe.checkpoint.resume import newest_checkpoint
-from tsmoe.checkpoint.saver import CheckpointSaver
+from tsmoe.checkpoint.saver import CheckpointConfig, CheckpointSaver
 from tsmoe.config import encode
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
@@ -107,7 +109,11 @@ class _Course:
             if self.ranks.is_first:
                 logger.info("going on from %s", folder)
         self._announce(engine)
-        saver = CheckpointSaver(self.folder / "checkpoints", self.run.config.checkpoint, self.ranks)
+        saver = CheckpointSaver(
+            self.folder / "checkpoints",
+            CheckpointConfig(keep=self.run.config.checkpoint.keep),
+            self.ranks,
+        )
         if not self.guard.errors:
             self._see_start(engine)
             self._save(saver, engine, 0)
@@ -139,7 +145,11 @@ class _Course:
         """Measure the start as it was pretrained, and the model before its first step."""
         if self.start is not None:
             model = self.start.build().to(self.ranks.device)
-            self.guard.start_error = self.validation.error(model)
+            # In the precision that what learns is validated in.
+            dtype = engine.model.get_parameter("embed.values.weight").dtype
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+            self.guard.set_start(self.validation.error(model))
         self.guard.add(0, self.validation.error(engine.model))
         if self.ranks.is_first:
             of_start = self.guard.start_error
@@ -219,7 +229,7 @@ class _Course:
         meta = CheckpointMeta(
             step=done,
             windows_seen=done * self.run.training.global_batch_size,
-            config={**encode(self.run.config), "model": encode(self.run.model)},
+            config=self._settings(),
             corpus_fingerprint=self.split.fingerprint,
             guard=self.guard.as_json(),
         )
@@ -239,8 +249,8 @@ class _Course:
         if found is None:
             return None
         folder, meta = found
-        here = {**encode(self.run.config), "model": encode(self.run.model)}
-        others = [key for key in _DECISIVE if meta.config.get(key) != here[key]]
+        here, there = _decisive(self._settings()), _decisive(meta.config)
+        others = [key for key in here if there.get(key) != here[key]]
         if meta.guard is None or meta.corpus_fingerprint != self.split.fingerprint or others:
             what = "another table" if not others else f"other settings ({', '.join(others)})"
             raise CheckpointError(
@@ -248,19 +258,40 @@ class _Course:
             )
         return found
 
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that a checkpoint names, with the model and what it started from."""
+        start = None if self.start is None else self.start.fingerprint
+        model = encode(self.run.model)
+        return {**encode(self.run.config), "model": model, "start_sha256": start}
+
     def _hand_over(self) -> RunResult:
-        result = hand_over(self.run, self.start, self.split, self.guard, failure=self.failure)
+        result = hand_over(
+            self.run,
+            self.start,
+            self.split,
+            self.guard,
+            device=self.ranks.device,
+            failure=self.failure,
+        )
         (self.folder / REQUEUE_MARKER).unlink(missing_ok=True)
         write_text(self.folder / DONE_MARKER, f"{result.best_step}\n")
         return result
 
 
-# Sections of the configuration that a run must be continued with.
-_DECISIVE = ("model", "start", "seed", "table", "trainable", "mixing", "optimizer", "schedule")
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run must be continued with; the start counts by its weights."""
+    sections = ("model", "start_sha256", "seed", "table", "trainable", "mixing", "optimizer")
+    found = {name: settings.get(name) for name in (*sections, "schedule", "balance", "dropout")}
+    # A baseline's alone, and which validation windows errors are compared on.
+    found["table"] = {
+        k: v for k, v in (found["table"] or {}).items() if k not in ("path", "season")
+    }
+    found["stopping.max_windows"] = (settings.get("stopping") or {}).get("max_windows")
+    return found
 
 
 def prepare(model: TimeTracker, *, run: FinetuneRun, start: Start | None) -> None:
     """Load the start into the model, then say what learns."""
     if start is not None:
         start.load_into(model)
-    prepare_finetuning(model, run.config.trainable)
+    prepare_finetuning(model, run.config.trainable, seed=run.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 
 import psutil
@@ -16,7 +17,7 @@ from tsmoe.ranks import Ranks
 
 
 def check_memory(run: FinetuneRun, split: SplitTable, ranks: Ranks) -> None:
-    """Compare what a step takes, by `tsmoe plan`'s reckoning, with what is free.
+    """Compare what a step takes, by `tsmoe plan`'s reckoning, with what is free. Collective.
 
     Raises:
         ConfigError: with the largest micro-batch and number of variates that fit.
@@ -24,7 +25,8 @@ def check_memory(run: FinetuneRun, split: SplitTable, ranks: Ranks) -> None:
     if not run.model.num_channel_mixed_layers:
         return
     layout = layout_of(run, ranks.size, is_on_gpu=ranks.device.type == "cuda")
-    free = free_bytes(ranks)
+    # Of the rank that has least, so that all decide alike. Collective.
+    free = min(ranks.gather(free_bytes(ranks)))
     variates = _variates(run, split)
     if _bytes(run, layout, variates) <= free:
         return
@@ -44,10 +46,11 @@ def check_memory(run: FinetuneRun, split: SplitTable, ranks: Ranks) -> None:
 
 
 def free_bytes(ranks: Ranks) -> int:
-    """Return memory that this rank may take: of its GPU, or its part of the machine's."""
+    """Return what this rank may take: of its GPU, or its part of the machine's. Collective."""
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
-    return psutil.virtual_memory().available // max(1, ranks.size)
+    hosts = ranks.gather(socket.gethostname())
+    return psutil.virtual_memory().available // hosts.count(socket.gethostname())
 
 
 def _variates(run: FinetuneRun, split: SplitTable) -> int:

@@ -70,11 +70,13 @@ def hand_over(
     split: SplitTable,
     guard: Guard,
     *,
+    device: torch.device,
     failure: str | None,
 ) -> RunResult:
     """Write package, result.json and the graph; the first rank alone calls it.
 
     Args:
+        device: where the test part is forecast.
         failure: why training ended before its time, if it did.
 
     Raises:
@@ -87,19 +89,20 @@ def hand_over(
     logger.info("%s: %s", folder, verdict)
     evaluations: dict[str, ForecastEvaluation] = {}
     if start is not None:
-        forecaster = Forecaster(start.build(), {}, torch.device("cpu"))
+        forecaster = Forecaster(start.build(), {}, device)
         evaluations[ZERO_SHOT] = _evaluate(run, split, forecaster, baselines=learned is None)
-    model = learned
-    if model is None:
-        assert start is not None, "only a start can be kept"
-        model = start.build()
-    else:
-        forecaster = Forecaster(model, {}, torch.device("cpu"))
+    if learned is not None:
+        forecaster = Forecaster(learned, {}, device)
         evaluations[FINE_TUNED] = _evaluate(run, split, forecaster, baselines=True)
         _write_links(run, split, forecaster)
     scores = _join(evaluations)
-    card = _card(run, start, split, guard, model, scores, verdict)
-    save_package(folder / PACKAGE_FOLDER, model, card)
+    if learned is None:
+        assert start is not None, "only a start can be kept"
+        card = _card_of_start(run, start, split, verdict)
+        save_package(folder / PACKAGE_FOLDER, start.build(), card)
+    else:
+        card = _card(run, start, split, guard, learned, scores, verdict)
+        save_package(folder / PACKAGE_FOLDER, learned.cpu(), card)
     own = next(iter(evaluations.values()))
     text = json.dumps(
         {
@@ -134,10 +137,15 @@ def _best_model(run: FinetuneRun, guard: Guard, failure: str | None) -> TimeTrac
             f"{run.run}: no validation error was a finite number"
             f"{'' if failure is None else f' ({failure})'}; lower optimizer.lr"
         )
+    if guard.start_error is None and guard.errors[guard.best_step] >= guard.errors[0]:
+        raise TrainingError(
+            f"{run.run}: nothing learned from scratch is better on validation than the random "
+            f"weights it began with (MSE {guard.errors[0]:.4f}); lower optimizer.lr"
+        )
     folder = Path(run.run) / "checkpoints" / step_folder(guard.best_step)
     checkpoint, meta = open_checkpoint(folder)
     trainable = run.config.trainable
-    add = partial(insert_low_rank, config=trainable.low_rank)
+    add = partial(insert_low_rank, config=trainable.low_rank, seed=run.seed)
     prepare = add if trainable.trains == "low_rank" else None
     model = model_from_checkpoint(checkpoint, meta, prepare=prepare)
     merge_low_rank(model)
@@ -179,6 +187,7 @@ def _evaluate(
         split=table.split,
         season=season,
         baselines=names,
+        must_fit=False,
         batch_size=_BATCH,
         num_covariates=split.num_covariates,
         num_known_future=split.num_known_future if forecaster.mixes_variates else 0,
@@ -223,8 +232,14 @@ def _write_links(run: FinetuneRun, split: SplitTable, forecaster: Forecaster) ->
         block_size=1,
         places_B=uniformly_spaced(count, _GRAPH_WINDOWS),
     ):
-        graph = forecaster.graph(block.context_BCL[0], num_covariates=split.num_covariates)
-        sums += [graph.edge_probability_BCC[0].numpy(), graph.adjacency_BCC[0].numpy()]
+        graph = forecaster.graph(
+            block.context_BCL[0],
+            table.prediction_length,
+            num_covariates=split.num_covariates,
+            future_FQ=block.target_BCQ[0, split.num_variates - split.num_known_future :],
+        )
+        tables = (graph.edge_probability_BCC[0], graph.adjacency_BCC[0])
+        sums += [found_CC.cpu().numpy() for found_CC in tables]
         windows += 1
     probability_CC, share_CC = sums / windows
     links = VariateLinks(
@@ -232,6 +247,31 @@ def _write_links(run: FinetuneRun, split: SplitTable, forecaster: Forecaster) ->
     )
     write_graph(Path(run.run) / GRAPH, links)
     (Path(run.run) / GRAPH_PICTURE).write_bytes(png(graph_picture(links)))
+
+
+def _card_of_start(
+    run: FinetuneRun, start: Start, split: SplitTable, verdict: str
+) -> dict[str, Any]:
+    """Return the card that the start came with, and what was tried on it."""
+    of_file = ("format_version", "weights_sha256")
+    card = {key: value for key, value in start.card.items() if key not in of_file}
+    tried = {"verdict": verdict, "config": encode(run.config)}
+    kept_after = [*card.get("kept_after", []), tried]
+    # A start that was fine-tuned before goes on to know its own table.
+    return {"table": _roles(run, split), **card, "kept_after": kept_after}
+
+
+def _roles(run: FinetuneRun, split: SplitTable) -> dict[str, Any]:
+    """Say which columns are what, for `tsmoe forecast` and `evaluate`."""
+    variates = list(split.table.variates)
+    return {
+        "targets": variates[: split.num_targets],
+        "covariates": variates[split.num_targets :],
+        "known_future": variates[split.num_variates - split.num_known_future :],
+        "context_length": run.config.table.context_length,
+        "path": split.table.path,
+        "fingerprint": split.fingerprint,
+    }
 
 
 def _card(
@@ -243,12 +283,6 @@ def _card(
     scores: dict[str, ForecastScores],
     verdict: str,
 ) -> dict[str, Any]:
-    own = FINE_TUNED if FINE_TUNED in scores else ZERO_SHOT
-    if guard.keeps_start and start is not None:
-        card = {
-            k: v for k, v in start.card.items() if k not in ("format_version", "weights_sha256")
-        }
-        return {**card, "fine_tuning": {"verdict": verdict, "config": encode(run.config)}}
     return {
         "made_by": f"tsmoe {__version__}",
         "made_on": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -257,17 +291,13 @@ def _card(
         "parameters": {"total": sum(p.numel() for p in model.parameters())},
         "context_length": model.config.context_length,
         "patch_length": model.config.patch_length,
+        "table": _roles(run, split),
         "fine_tuning": {
             "verdict": verdict,
             "start": None if start is None else start.card,
-            "table": split.table.path,
-            "fingerprint": split.fingerprint,
-            "variates": list(split.table.variates),
-            "num_covariates": split.num_covariates,
-            "num_known_future": split.num_known_future,
             "config": encode(run.config),
         },
-        "metrics": scores[own].to_json_dict(),
+        "metrics": scores[FINE_TUNED].to_json_dict(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "licence": "Apache-2.0 (weights); the training data keep their own licences",
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,16 @@ class Start:
     """Weights and buffers by name."""
     card: dict[str, Any]
     """Of the package, or what the checkpoint says of itself."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the model's config and all weights."""
+        digest = hashlib.sha256(repr(self.model).encode())
+        for name, tensor in sorted(self.state.items()):
+            digest.update(name.encode())
+            tensor = tensor.detach().cpu().contiguous().flatten()
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def build(self) -> TimeTracker:
         """Build the start itself, every variate by itself, to see what it can do."""
@@ -70,7 +82,7 @@ def open_start(path: str) -> Start:
         if "table" in meta.config:
             raise CheckpointError(
                 f"model={path}: the run of another fine-tuning; start from its package, which "
-                f"holds its best weights: model={folder / 'package'}"
+                f"holds its best weights: model={checkpoint.parent.parent / 'package'}"
             )
         model = model_from_checkpoint(checkpoint, meta)
         card = {"step": meta.step, "checkpoint": str(checkpoint)}

@@ -31,14 +31,14 @@ class TrainableConfig(Section):
         return self.trains == "all" and not self.freezes_routers
 
 
-def prepare_finetuning(model: TimeTracker, config: TrainableConfig) -> None:
+def prepare_finetuning(model: TimeTracker, config: TrainableConfig, *, seed: int = 0) -> None:
     """Insert low-rank additions if wanted, and let learn what the config says.
 
     Raises:
         ConfigError: if the model has nothing of that kind.
     """
     if config.trains == "low_rank":
-        insert_low_rank(model, config.low_rank)
+        insert_low_rank(model, config.low_rank, seed=seed)
     first_mixed = model.config.num_layers - model.config.num_channel_mixed_layers
     mixing = {
         f"blocks.{layer}.attention.{which}_variate_bias_H"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tsmoe.errors import DataError
 from tsmoe.evaluate.protocol import WindowBlock, iterate_windows
 from tsmoe.finetune.config import FinetuneRun
 from tsmoe.finetune.table import SplitTable
@@ -58,7 +59,12 @@ class Validation:
             sums += torch.tensor([np.square(error).sum(), counts_BCQ.sum()], dtype=torch.float64)
         model.train(was_training)
         total, count = ranks.sum(sums.to(ranks.device)).tolist()
-        return total / count if count else float("nan")
+        if not count:
+            raise DataError(
+                f"{split.table.path}: no target has an observed value in the validation windows; "
+                "use more of them (stopping.max_windows) or another table.split"
+            )
+        return total / count
 
     def _share(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return this rank's windows, and which count: some may be there for company only."""

@@ -26,12 +26,13 @@ Integers = NDArray[np.int64]
 
 
 def uniformly_spaced(count: int, wanted: int) -> Integers:
-    """Return places of at most `wanted` of `count` windows, one out of every so many.
+    """Return places of `wanted` of `count` windows, or of all, evenly from the first on.
 
-    Source: few-shot windows of Timer (arXiv 2402.02368), `index * floor(1 / ratio)`.
+    Source: few-shot windows of Timer (arXiv 2402.02368), `index * floor(1 / ratio)`. Departure:
+    rounded window by window, so that shares that divide nothing reach the end of the part as well.
     """
-    step = max(1, count // max(1, wanted))
-    return np.arange(0, count, step, dtype=np.int64)[: max(1, wanted)]
+    wanted = min(wanted, count)
+    return np.arange(wanted, dtype=np.int64) * count // max(1, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,12 @@ class TableWindows:
             )
         self.origins = first + uniformly_spaced(count, wanted)
         self.is_mixed = run.model.num_channel_mixed_layers > 0
+        self._choices = self._with_targets()
+        if not len(self._choices):
+            raise DataError(
+                f"{split.table.path}: no target has an observed value in any of {wanted} training "
+                "windows; use more of them (table.few_shot), or other table.targets"
+            )
         # A frame of NaN, so that windows may reach over both ends of the train part.
         self._padded_LC = np.pad(
             split.scaled_LC[: split.borders.train_end],
@@ -102,7 +109,7 @@ class TableWindows:
     @property
     def num_windows(self) -> int:
         """Windows of one pass through the data; without mixing each variate makes its own."""
-        return len(self.origins) * (1 if self.is_mixed else self._split.num_targets)
+        return len(self._choices)
 
     def micro_batches(self, step: int, ranks: Ranks) -> list[WindowBatch]:
         """Return this rank's micro-batches of a step."""
@@ -124,7 +131,19 @@ class TableWindows:
         for epoch in np.unique(epochs):
             is_here = epochs == epoch
             items[is_here] = self._shuffled(int(epoch))[places[is_here]]
-        return items
+        return self._choices[items]
+
+    def _with_targets(self) -> Integers:
+        """Return the windows of which something can be learned, by origin and, unmixed, variate."""
+        geometry, targets = self.geometry, self._split.num_targets
+        is_recorded_LC = np.isfinite(self._split.scaled_LC[:, :targets])
+        recorded_LC = np.pad(is_recorded_LC.cumsum(axis=0), ((1, 0), (0, 0)))
+        first_O = self.origins
+        if self._run.training.loss_on == "all":
+            first_O = np.maximum(0, self.origins - geometry.before + geometry.patch_length)
+        counts_OC = recorded_LC[self.origins + geometry.prediction_length] - recorded_LC[first_O]
+        counts = counts_OC.sum(axis=1) if self.is_mixed else counts_OC.ravel()
+        return np.flatnonzero(counts)
 
     def _shuffled(self, epoch: int) -> Integers:
         if self._permutation is None or self._permutation[0] != epoch:
@@ -161,7 +180,10 @@ class TableWindows:
         is_recorded_BCL = np.isfinite(values_BCL)
         is_covariate_BC = variates_BC >= split.num_targets
         is_seen_L = (place_L >= -geometry.context_length) & (place_L < 0)
-        is_seen_BCL = is_seen_L | (is_known_BC[..., None] & (place_L >= -geometry.context_length))
+        # As in a forecast, nothing is known of what follows the steps to forecast.
+        is_before_end_L = place_L + geometry.patch_length < self._run.config.table.prediction_length
+        is_known_L = (place_L >= -geometry.context_length) & is_before_end_L
+        is_seen_BCL = np.where(is_known_BC[..., None], is_known_L, is_seen_L)
         is_target_L = place_L < geometry.prediction_length
         if self._run.training.loss_on == "horizon":
             is_target_L &= place_L >= 0

@@ -1,5 +1,6 @@
 """Early stop, which step is kept, and when the start is."""
 
+import json
 import math
 
 import pytest
@@ -24,7 +25,22 @@ def test_patience_counts_validations_since_the_best() -> None:
     assert not guard_of(1.0, 0.9, 0.8, 0.85).is_exhausted
     assert guard_of(1.0, 0.9, 0.8, 0.85, 0.81).is_exhausted
     assert not guard_of(1.0, 0.9, 0.8, 0.85, 0.79).is_exhausted
-    assert guard_of(1.0, math.nan, math.nan).is_exhausted
+    assert guard_of(1.0, math.nan, math.nan, math.nan).is_exhausted
+
+
+def test_from_scratch_what_stands_before_the_first_step_is_nothing_to_keep() -> None:
+    assert guard_of(None, 0.5).best_step is None
+    assert guard_of(None, 0.5, 0.9).best_step == 10
+    assert guard_of(None, 0.5, math.nan, math.inf).best_step is None
+    assert guard_of(1.0, 0.5, 0.9).best_step == 0
+
+
+def test_start_that_forecasts_no_numbers_is_never_kept_for_better() -> None:
+    guard = guard_of(None, 0.9)
+    guard.set_start(math.nan)
+    assert not guard.keeps_start
+    again = Guard.of_json(json.loads(json.dumps(guard.as_json(), allow_nan=False)), patience=2)
+    assert again == guard
 
 
 @pytest.mark.parametrize(

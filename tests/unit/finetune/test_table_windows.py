@@ -6,6 +6,8 @@ import torch
 
 from tsmoe.errors import ConfigError, DataError
 from tsmoe.finetune.windows import Geometry, TableWindows, uniformly_spaced
+from tsmoe.inference import _Roll
+from tsmoe.models import build_model
 from tsmoe.ranks import Ranks
 
 # Of the package: patches of 16, a context of 64, two patches in one pass.
@@ -22,7 +24,7 @@ MIXED = {"mixing": {"num_channel_mixed_layers": 1}}
 @pytest.mark.parametrize(
     ("count", "wanted", "expected"),
     [(10, 10, range(10)), (10, 5, range(0, 10, 2)), (10, 3, (0, 3, 6)), (7, 2, (0, 3)),
-     (5, 9, range(5)), (4, 1, (0,))],
+     (5, 9, range(5)), (4, 1, (0,)), (10, 6, (0, 1, 3, 5, 6, 8))],
 )  # fmt: skip
 def test_few_windows_are_spaced_uniformly(count, wanted, expected) -> None:
     assert uniformly_spaced(count, wanted).tolist() == list(expected)
@@ -117,8 +119,30 @@ def test_known_covariates_run_one_patch_ahead_and_are_seen(lay_out) -> None:
         expected = rows[at : at + 80, 3]
         is_there = np.arange(at, at + 80) < split.borders.train_end
         np.testing.assert_allclose(ahead[window].numpy()[is_there], expected[is_there])
-        assert (batch.observed_BCL[window, 3].numpy() == is_there).all()
+        # As in a forecast of 32 steps, nothing is known of what follows them.
+        is_known = is_there & (np.arange(80) < BEFORE + 32 - 16)
+        assert (batch.observed_BCL[window, 3].numpy() == is_known).all()
         assert not batch.observed_BCL[window, 2, BEFORE:].any(), "b is not known ahead"
+
+
+@pytest.mark.parametrize("prediction_length", [8, 16, 24, 32])
+def test_training_shows_what_a_forecast_does(lay_out, prediction_length) -> None:
+    """The inputs of the model are the same, so that what is learned is of use."""
+    run, split = lay_out(COVARIATES, {"table": {"prediction_length": prediction_length}})
+    windows = TableWindows(run, split)
+    geometry = windows.geometry
+    model = build_model(run.model)
+    for origin in windows.origins[::40]:
+        batch = windows._batch(np.array([origin]), np.arange(split.num_variates)[None])
+        length = run.model.context_length
+        trained = torch.where(batch.observed_BCL, batch.values_BCL, torch.nan)[..., :length]
+        rows = torch.from_numpy(split.scaled_LC.T.copy())[None]
+        future = rows[:, -1:, origin : origin + prediction_length]
+        roll = _Roll(model, rows[..., origin - length : origin], future, split.num_covariates)
+        seen = roll.window(roll.patches_of_pass(prediction_length))
+        inside = origin + geometry.after <= split.borders.train_end
+        if inside:
+            torch.testing.assert_close(trained, seen, equal_nan=True)
 
 
 def test_some_variates_are_drawn_each_step_and_covariates_always(lay_out) -> None:
