@@ -127,7 +127,9 @@ def test_covariates_are_used_and_the_graph_is_left(folder, write_config, tmp_pat
     assert found["results"][0]["mse"] == pytest.approx(expected, rel=1e-5)
     assert main(["report", str(run)]) == 0
     assert (run / "report" / "graph.png").exists()
-    assert 'alt="graph"' in (run / "report" / "report.html").read_text()
+    page = (run / "report" / "report.html").read_text()
+    assert 'alt="graph"' in page
+    assert result["verdict"] in page
 
 
 def test_forecast_takes_covariates_that_are_known_ahead(

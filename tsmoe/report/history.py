@@ -19,7 +19,7 @@ import yaml
 from tsmoe.errors import DataError
 from tsmoe.report.graph import GRAPH, VariateLinks, read_graph
 
-METRICS, CONFIG = "metrics.jsonl", "config.yaml"
+METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "result.json"
 # Tables of each step, which are large, are kept of so many steps, evenly apart.
 _TABLES_KEPT = 512
 
@@ -103,7 +103,9 @@ class RunHistory:
     streams: list[tuple[int, dict[str, Any]]]
     starts: list[tuple[int, dict[str, Any]]]
     """Steps at which the run was started or went on, and on what."""
-    graph: VariateLinks | None = None
+    verdict: str | None
+    """Of a fine-tuning run that is done: whether what was learned is better than its start."""
+    graph: VariateLinks | None
     """Of the variates, once a fine-tuning run that mixes them is done."""
     num_unreadable: int
     """Lines that are not as a run writes them: cut short by a kill, being written, or altered."""
@@ -144,6 +146,7 @@ def read_run(path: Path) -> RunHistory:
         sources=reader.sources,
         streams=reader.streams,
         starts=reader.starts,
+        verdict=_verdict(path / RESULT),
         graph=read_graph(path / GRAPH),
         num_unreadable=reader.num_unreadable,
     )  # fmt: skip
@@ -255,6 +258,13 @@ def _lines(path: Path) -> Iterator[str]:
         for line in file:
             if line.strip():
                 yield line
+
+
+def _verdict(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["verdict"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _config(path: Path) -> Mapping[str, Any]:

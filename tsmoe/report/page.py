@@ -48,6 +48,8 @@ def page(history: RunHistory, summary: Mapping[str, Any], pictures: Mapping[str,
         "Variates": "",
     }
     parts = [f"<h1>Run {escape(history.path.name)}</h1>", f"<p>{escape(headline(summary))}</p>"]
+    if summary["verdict"]:
+        parts.append(f"<p>{escape(summary['verdict'])}</p>")
     for title, names in _SECTIONS:
         shown = [_image(name, pictures[name]) for name in names if name in pictures]
         if shown or tables[title]:

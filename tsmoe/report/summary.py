@@ -30,7 +30,7 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "loss": {
             "first": _known(losses[0]),
             "mean_of_last": {"steps": recent, "loss": _known(losses[-recent:].mean())},
-            "best_validation": best and {"step": best[0], "loss": _known(best[1])},
+            "best_validation": best and {"step": best[0] + 1, "loss": _known(best[1])},
             "last_validation": _known(history.validation[-1][1]) if history.validation else None,
         },
         "speed": speed_summary(history),
@@ -38,6 +38,7 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "stragglers": straggler_summary(history),
         "sources": history.sources[-1][1] if history.sources else None,
         "stream": history.streams[-1][1] if history.streams else None,
+        "verdict": history.verdict,
         "missing": gaps(history),
     }
 

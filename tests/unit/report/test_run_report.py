@@ -107,7 +107,7 @@ def test_numbers_are_those_of_the_metrics(whole) -> None:
     assert summary["loss"] == {
         "first": 10.0,
         "mean_of_last": {"steps": 2, "loss": pytest.approx((10 / 39 + 10 / 40) / 2)},
-        "best_validation": {"step": 19, "loss": 0.75},
+        "best_validation": {"step": 20, "loss": 0.75},
         "last_validation": 0.9,
     }
     speed = summary["speed"]
