@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +14,22 @@ import numpy as np
 import torch
 
 from tsmoe import __version__
-from tsmoe.checkpoint.layout import step_folder, write_text
-from tsmoe.checkpoint.package import model_from_checkpoint, save_package
-from tsmoe.checkpoint.resume import open_checkpoint
+from tsmoe.checkpoint.layout import write_text
+from tsmoe.checkpoint.package import save_package
 from tsmoe.config import encode
-from tsmoe.errors import TrainingError
 from tsmoe.evaluate.baselines import season_length
 from tsmoe.evaluate.forecast import MODEL, ForecastEvaluation, evaluate_forecast
 from tsmoe.evaluate.metrics import ForecastScores
 from tsmoe.evaluate.protocol import iterate_windows
+from tsmoe.finetune.choice import Choice, choose
 from tsmoe.finetune.config import FinetuneRun
 from tsmoe.finetune.guard import Guard
-from tsmoe.finetune.low_rank import insert_low_rank, merge_low_rank
 from tsmoe.finetune.start import Start
 from tsmoe.finetune.table import SplitTable
+from tsmoe.finetune.validation import Validation
 from tsmoe.finetune.windows import context_rows, uniformly_spaced
 from tsmoe.inference import Forecaster
-from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.ranks import Ranks
 from tsmoe.report.graph import GRAPH, VariateLinks, graph_picture, write_graph
 from tsmoe.report.pictures import png
 
@@ -84,32 +81,31 @@ def hand_over(
         CheckpointError: if the package can't be written.
     """
     folder = Path(run.run)
-    learned = None if guard.keeps_start else _best_model(run, guard, failure)
-    verdict = _verdict(guard, failure)
-    logger.info("%s: %s", folder, verdict)
+    validation = Validation(run, split, Ranks(device=device))
+    choice = choose(run, start, guard, validation.error, failure=failure)
+    logger.info("%s: %s", folder, choice.verdict)
     evaluations: dict[str, ForecastEvaluation] = {}
     if start is not None:
         forecaster = Forecaster(start.build(), {}, device)
-        evaluations[ZERO_SHOT] = _evaluate(run, split, forecaster, baselines=learned is None)
-    if learned is not None:
-        forecaster = Forecaster(learned, {}, device)
+        evaluations[ZERO_SHOT] = _evaluate(run, split, forecaster, baselines=choice.is_start)
+    if not choice.is_start:
+        forecaster = Forecaster(choice.model, {}, device)
         evaluations[FINE_TUNED] = _evaluate(run, split, forecaster, baselines=True)
         _write_links(run, split, forecaster)
     scores = _join(evaluations)
-    if learned is None:
-        assert start is not None, "only a start can be kept"
-        card = _card_of_start(run, start, split, verdict)
-        save_package(folder / PACKAGE_FOLDER, start.build(), card)
-    else:
-        card = _card(run, start, split, guard, learned, scores, verdict)
-        save_package(folder / PACKAGE_FOLDER, learned.cpu(), card)
+    card = _card(run, start, split, choice, scores)
+    save_package(folder / PACKAGE_FOLDER, choice.model.cpu(), card)
     own = next(iter(evaluations.values()))
     text = json.dumps(
         {
-            "handed_over": ZERO_SHOT if guard.keeps_start else FINE_TUNED,
-            "verdict": verdict,
-            "best_step": guard.best_step,
-            "validation_mse": guard.as_json(),
+            "handed_over": ZERO_SHOT if choice.is_start else FINE_TUNED,
+            "verdict": choice.verdict,
+            "best_step": choice.step,
+            "share_of_learned": choice.share,
+            "validation_mse": {
+                **guard.as_json(),
+                "by_share": {f"{share:g}": e for share, e in choice.errors_by_share.items()},
+            },
             "test": {
                 "data": own.data,
                 "context": own.context_length,
@@ -123,50 +119,12 @@ def hand_over(
     write_text(folder / RESULT_FILE, f"{text}\n")
     return RunResult(
         package=folder / PACKAGE_FOLDER,
-        best_step=guard.best_step,
-        keeps_start=guard.keeps_start,
-        verdict=verdict,
+        best_step=choice.step,
+        keeps_start=choice.is_start,
+        verdict=choice.verdict,
         scores=scores,
         windows=own.windows,
     )
-
-
-def _best_model(run: FinetuneRun, guard: Guard, failure: str | None) -> TimeTracker:
-    if guard.best_step is None:
-        raise TrainingError(
-            f"{run.run}: no validation error was a finite number"
-            f"{'' if failure is None else f' ({failure})'}; lower optimizer.lr"
-        )
-    if guard.start_error is None and guard.errors[guard.best_step] >= guard.errors[0]:
-        raise TrainingError(
-            f"{run.run}: nothing learned from scratch is better on validation than the random "
-            f"weights it began with (MSE {guard.errors[0]:.4f}); lower optimizer.lr"
-        )
-    folder = Path(run.run) / "checkpoints" / step_folder(guard.best_step)
-    checkpoint, meta = open_checkpoint(folder)
-    trainable = run.config.trainable
-    add = partial(insert_low_rank, config=trainable.low_rank, seed=run.seed)
-    prepare = add if trainable.trains == "low_rank" else None
-    model = model_from_checkpoint(checkpoint, meta, prepare=prepare)
-    merge_low_rank(model)
-    return model.requires_grad_(True).eval()
-
-
-def _verdict(guard: Guard, failure: str | None) -> str:
-    early = "" if failure is None else f"; training broke off: {failure}"
-    if guard.keeps_start:
-        learned = [error for step, error in guard.errors.items() if step > 0]
-        lowest = min(learned, default=math.inf)
-        found = f"{lowest:.4f}" if math.isfinite(lowest) else "not a finite number"
-        return (
-            f"nothing learned is better than the start on validation (MSE {guard.start_error:.4f}, "
-            f"best of fine-tuning {found}), so the package holds the start as it was; a lower "
-            f"optimizer.lr or fewer trainable weights may help{early}"
-        )
-    best = guard.best_step
-    assert best is not None
-    against = "" if guard.start_error is None else f", {guard.start_error:.4f} at the start"
-    return f"best after step {best}: validation MSE {guard.errors[best]:.4f}{against}{early}"
 
 
 def _evaluate(
@@ -249,18 +207,6 @@ def _write_links(run: FinetuneRun, split: SplitTable, forecaster: Forecaster) ->
     (Path(run.run) / GRAPH_PICTURE).write_bytes(png(graph_picture(links)))
 
 
-def _card_of_start(
-    run: FinetuneRun, start: Start, split: SplitTable, verdict: str
-) -> dict[str, Any]:
-    """Return the card that the start came with, and what was tried on it."""
-    of_file = ("format_version", "weights_sha256")
-    card = {key: value for key, value in start.card.items() if key not in of_file}
-    tried = {"verdict": verdict, "config": encode(run.config)}
-    kept_after = [*card.get("kept_after", []), tried]
-    # A start that was fine-tuned before goes on to know its own table.
-    return {"table": _roles(run, split), **card, "kept_after": kept_after}
-
-
 def _roles(run: FinetuneRun, split: SplitTable) -> dict[str, Any]:
     """Say which columns are what, for `tsmoe forecast` and `evaluate`."""
     variates = list(split.table.variates)
@@ -278,24 +224,30 @@ def _card(
     run: FinetuneRun,
     start: Start | None,
     split: SplitTable,
-    guard: Guard,
-    model: TimeTracker,
+    choice: Choice,
     scores: dict[str, ForecastScores],
-    verdict: str,
 ) -> dict[str, Any]:
+    tried = {"verdict": choice.verdict, "config": encode(run.config)}
+    if choice.is_start and start is not None:
+        of_file = ("format_version", "weights_sha256")
+        card = {key: value for key, value in start.card.items() if key not in of_file}
+        kept_after = [*card.get("kept_after", []), tried]
+        # A start that was fine-tuned before goes on to know its own table.
+        return {"table": _roles(run, split), **card, "kept_after": kept_after}
+    model = choice.model
     return {
         "made_by": f"tsmoe {__version__}",
         "made_on": datetime.now(UTC).isoformat(timespec="seconds"),
         "architecture": model.config.type,
-        "step": guard.best_step,
+        "step": choice.step,
         "parameters": {"total": sum(p.numel() for p in model.parameters())},
         "context_length": model.config.context_length,
         "patch_length": model.config.patch_length,
         "table": _roles(run, split),
         "fine_tuning": {
-            "verdict": verdict,
+            **tried,
+            "share_of_learned": choice.share,
             "start": None if start is None else start.card,
-            "config": encode(run.config),
         },
         "metrics": scores[FINE_TUNED].to_json_dict(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},

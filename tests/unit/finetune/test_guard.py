@@ -35,26 +35,12 @@ def test_from_scratch_what_stands_before_the_first_step_is_nothing_to_keep() -> 
     assert guard_of(1.0, 0.5, 0.9).best_step == 0
 
 
-def test_start_that_forecasts_no_numbers_is_never_kept_for_better() -> None:
+def test_start_that_forecasts_no_numbers_is_remembered_as_infinite() -> None:
     guard = guard_of(None, 0.9)
     guard.set_start(math.nan)
-    assert not guard.keeps_start
+    assert guard.start_error == math.inf
     again = Guard.of_json(json.loads(json.dumps(guard.as_json(), allow_nan=False)), patience=2)
     assert again == guard
-
-
-@pytest.mark.parametrize(
-    ("guard", "keeps"),
-    [
-        (guard_of(1.0, 1.1, 0.9), False),
-        (guard_of(1.0, 1.0, 1.2), True),
-        (guard_of(1.0, math.nan), True),
-        (guard_of(1.0), True),
-        (guard_of(None, 5.0), False),
-    ],
-)
-def test_start_is_kept_unless_something_is_better(guard, keeps) -> None:
-    assert guard.keeps_start is keeps
 
 
 def test_a_guard_goes_on_from_what_a_checkpoint_remembers() -> None:
