@@ -6,8 +6,14 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from tsmoe.commands.covariates import add_covariate_options, read_covariate_table, seen_by
+from tsmoe.commands.covariates import (
+    CovariateTable,
+    add_covariate_options,
+    read_covariate_table,
+    seen_by,
+)
 from tsmoe.commands.options import (
     add_table_options,
     require_positive,
@@ -16,7 +22,14 @@ from tsmoe.commands.options import (
 )
 from tsmoe.errors import ConfigError
 
+if TYPE_CHECKING:
+    from tsmoe.evaluate.forecast import ForecastEvaluation
+    from tsmoe.evaluate.gift import GiftEvaluation
+    from tsmoe.inference import Forecaster
+
 logger = logging.getLogger(__name__)
+
+_USUAL_CONTEXT = 672
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,9 +38,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("package", help="folder of the package")
     parser.add_argument("--task", choices=["forecast"], default="forecast")
     parser.add_argument("--data", required=True, help="CSV or Parquet table, one row per time step")
-    parser.add_argument("--context", type=int, default=672, help="steps seen (default: 672)")
+    parser.add_argument(
+        "--context", type=int, help="steps seen (default: 672; gift: as far as the package looks)"
+    )
     parser.add_argument("--horizon", type=int, default=96, help="steps predicted (default: 96)")
-    parser.add_argument("--protocol", choices=["ltsf"], default="ltsf")
+    parser.add_argument(
+        "--protocol",
+        choices=["ltsf", "gift"],
+        default="ltsf",
+        help="ltsf: scaled, every window of the test part; gift: as GIFT-Eval, MASE and CRPS over "
+        "the seasonal naive's on up to 20 windows at the end",
+    )
     parser.add_argument(
         "--split",
         help="shares of train, validation and test (default: the months of the ETT sets, "
@@ -54,31 +75,26 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_output("--plot", args.plot, (".png",))
 
-    from tsmoe.evaluate.forecast import evaluate_forecast
+    if args.protocol == "gift" and (args.plot is not None or args.split is not None):
+        raise ConfigError("--plot and --split are for the ltsf protocol; leave them out")
+
     from tsmoe.inference import Forecaster
 
     split_names("--columns", args.columns)
     forecaster = Forecaster.load(args.package, device=args.device)
     data = seen_by(read_covariate_table(args, forecaster), forecaster)
-    if args.context > forecaster.context_length:
+    if args.context is None and args.protocol == "ltsf":
+        args.context = forecaster.card.get("table", {}).get("context_length") or _USUAL_CONTEXT
+    if args.context is not None and args.context > forecaster.context_length:
         logger.warning(
             "the package looks back %d steps; of the %d of --context only the baselines use more",
             forecaster.context_length, args.context,
         )  # fmt: skip
-    with _progress() as progress:
-        evaluation = evaluate_forecast(
-            forecaster,
-            data.table,
-            context_length=args.context,
-            prediction_length=args.horizon,
-            protocol=args.protocol,
-            split=split,
-            season=args.season,
-            batch_size=args.batch_size,
-            num_covariates=data.num_covariates,
-            num_known_future=data.num_known_future,
-            progress=progress,
-        )
+    evaluation: Any  # of either kind; the picture is of one alone
+    if args.protocol == "gift":
+        evaluation = _evaluate_gift(args, forecaster, data)
+    else:
+        evaluation = _evaluate_ltsf(args, forecaster, data, split)
     text = json.dumps(evaluation.to_json_dict(), indent=2) + "\n"
     if args.json == "-":
         sys.stdout.write(text)
@@ -86,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
         from rich.console import Console
 
         title = (
-            f"{evaluation.data}: {evaluation.windows} test windows, context {args.context}, "
-            f"horizon {args.horizon}, {len(evaluation.variates)} variates"
+            f"{evaluation.data}: {evaluation.windows} test windows, "
+            f"context {evaluation.context_length}, horizon {args.horizon}, "
+            f"{len(evaluation.variates)} variates"
         )
         console = Console()
         console.print(title, highlight=False, markup=False, soft_wrap=True)
@@ -98,6 +115,46 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         draw_forecast(evaluation.example, args.plot)
     return 0
+
+
+def _evaluate_ltsf(
+    args: argparse.Namespace,
+    forecaster: "Forecaster",
+    data: CovariateTable,
+    split: tuple[float, float, float] | None,
+) -> "ForecastEvaluation":
+    from tsmoe.evaluate.forecast import evaluate_forecast
+
+    with _progress() as progress:
+        return evaluate_forecast(
+            forecaster,
+            data.table,
+            context_length=args.context,
+            prediction_length=args.horizon,
+            split=split,
+            season=args.season,
+            batch_size=args.batch_size,
+            num_covariates=data.num_covariates,
+            num_known_future=data.num_known_future,
+            progress=progress,
+        )
+
+
+def _evaluate_gift(
+    args: argparse.Namespace, forecaster: "Forecaster", data: CovariateTable
+) -> "GiftEvaluation":
+    from tsmoe.evaluate.gift import evaluate_gift
+
+    return evaluate_gift(
+        forecaster,
+        data.table,
+        context_length=args.context,
+        prediction_length=args.horizon,
+        season=args.season,
+        batch_size=args.batch_size,
+        num_covariates=data.num_covariates,
+        num_known_future=data.num_known_future,
+    )
 
 
 def _parse_split(text: str | None) -> tuple[float, float, float] | None:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROTOCOLS = ("ltsf",)
 BASELINES = ("naive", "seasonal_naive", "linear")
 MODEL = "tsmoe"
 """Name of the package's own row among the results."""
@@ -51,7 +50,6 @@ class ForecastEvaluation:
     context_length: int
     prediction_length: int
     windows: int
-    protocol: str
     variates: tuple[str, ...]
     scores: dict[str, ForecastScores]
     """By model; the package first, then the baselines."""
@@ -71,7 +69,7 @@ class ForecastEvaluation:
             "context": self.context_length,
             "horizon": self.prediction_length,
             "windows": self.windows,
-            "protocol": self.protocol,
+            "protocol": "ltsf",
             "observed_fraction": own.observed_fraction,
             "results": [
                 {"model": model, **scores.to_json_dict()} for model, scores in self.scores.items()
@@ -86,7 +84,6 @@ def evaluate_forecast(
     *,
     context_length: int = 672,
     prediction_length: int = 96,
-    protocol: str = "ltsf",
     split: tuple[float, float, float] | None = None,
     season: int | None = None,
     baselines: Iterable[str] = BASELINES,
@@ -113,13 +110,13 @@ def evaluate_forecast(
         num_known_future: last covariates, whose values in the steps to forecast it sees too.
 
     Raises:
-        ConfigError: for an unknown protocol or baseline, an unknown season, or one longer than
+        ConfigError: for an unknown baseline, an unknown season, or one longer than
             the context.
         DataError: if the table is too short, a variate has no observed value to scale by, or
             the forecaster returns a value that is not finite.
     """
     baselines = tuple(baselines)
-    _check_settings(protocol, baselines, context_length, prediction_length, batch_size)
+    _check_settings(baselines, context_length, prediction_length, batch_size)
     borders = ltsf_borders(table.path, len(table.values_LC), split=split)
     check_rows(
         borders,
@@ -192,7 +189,6 @@ def evaluate_forecast(
         context_length=context_length,
         prediction_length=prediction_length,
         windows=windows,
-        protocol=protocol,
         variates=table.variates[:num_targets],
         scores={MODEL: own.scores(), **{name: sums.scores() for name, sums in others.items()}},
         example=example,
@@ -200,14 +196,11 @@ def evaluate_forecast(
 
 
 def _check_settings(
-    protocol: str,
     baselines: tuple[str, ...],
     context_length: int,
     prediction_length: int,
     batch_size: int,
 ) -> None:
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"unknown protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}")
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
         raise ConfigError(f"unknown baseline {unknown[0]!r}; there are: {', '.join(BASELINES)}")

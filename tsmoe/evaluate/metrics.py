@@ -24,10 +24,21 @@ class ForecastScores:
     """Per variate; None where no target is observed."""
     observed_fraction: float
     """Share of the targets that were observed, hence counted."""
+    relative_mase: float | None = None
+    """Over that of the seasonal naive forecast; None where it is not asked for."""
+    relative_crps: float | None = None
+    """The same of the CRPS."""
 
     def to_json_dict(self) -> dict[str, float]:
         """Name the errors as in every result file; those that do not apply are left out."""
-        named = {"mse": self.mse, "mae": self.mae, "mase": self.mase, "crps": self.crps}
+        named = {
+            "mse": self.mse,
+            "mae": self.mae,
+            "mase": self.mase,
+            "crps": self.crps,
+            "relative_mase": self.relative_mase,
+            "relative_crps": self.relative_crps,
+        }
         return {name: value for name, value in named.items() if value is not None}
 
 

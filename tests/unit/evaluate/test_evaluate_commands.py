@@ -93,6 +93,21 @@ def test_evaluate_prints_only_json_on_request(
     assert document["windows"] == 180 - 12 + 1
 
 
+def test_evaluate_by_gift_prints_what_is_relative(
+    tmp_path: Path, capsys, daily_cycle, use_package
+) -> None:
+    use_package()
+    data = write_csv(tmp_path / "mine.csv", daily_cycle)
+    words = ["evaluate", "package", "--data", data, "--horizon", "12", "--protocol", "gift"]
+    assert run(*words) == 0
+    assert "relative" in capsys.readouterr().out
+    assert run(*words, "--json", "-") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["protocol"], document["windows"]) == ("gift", 5)
+    with pytest.raises(ConfigError, match="--plot and --split"):
+        run(*words, "--split", "0.5,0.2,0.3")
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -157,7 +157,6 @@ def test_season_longer_than_the_context_is_refused(
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
-        ({"protocol": "gift"}, "gift.*ltsf"),
         ({"baselines": ("arima",)}, "arima.*seasonal_naive"),
         ({"batch_size": 0}, "batch_size.*0"),
         ({"season": 0}, "season.*0"),
