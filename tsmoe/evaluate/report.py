@@ -48,9 +48,10 @@ def scores_table(scores: Mapping[str, ForecastScores]) -> "RichTable":
         metric: min(row[metric] for row in rows.values() if metric in row) for metric in metrics
     }
     table = RichTable()
-    table.add_column("model")
+    # On a narrow terminal names go on in the next line, rather than end in dots.
+    table.add_column("model", overflow="fold")
     for metric in metrics:
-        table.add_column(metric, justify="right")
+        table.add_column(metric.replace("_", " "), justify="right", overflow="fold")
     for model, row in rows.items():
         cells = []
         for metric in metrics:
