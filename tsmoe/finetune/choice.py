@@ -25,8 +25,6 @@ from tsmoe.models.time_tracker import TimeTracker
 logger = logging.getLogger(__name__)
 
 SHARES = (0.25, 0.5, 0.75)
-# Of the lowest error: what is nearer to it cannot be told from it.
-_TOLERANCE = 0.01
 
 Validate = Callable[[TimeTracker], float]
 
@@ -122,7 +120,7 @@ def _step_from_scratch(run: FinetuneRun, guard: Guard, early: str) -> int:
 def _mixed(
     run: FinetuneRun, start: Start, step: int, error: float, validate: Validate
 ) -> tuple[TimeTracker, float, float, dict[float, float]]:
-    """Mix the learned weights with the start's, by the smallest share that is as good as any.
+    """Mix the learned weights with the start's, by the share that validates best.
 
     Between two models that one training joins the error has a valley, and its bottom is where
     neither has what is peculiar to its data. Source: WiSE-FT (arXiv 2109.01903). Ours: the share is
@@ -134,8 +132,7 @@ def _mixed(
     errors = {share: validate(_mixture(learned, start, share)) for share in SHARES}
     errors = {share: e if math.isfinite(e) else math.inf for share, e in errors.items()}
     errors[1.0] = error
-    bound = min(errors.values()) * (1 + _TOLERANCE)
-    share = min(share for share, e in errors.items() if e <= bound)
+    share = min(errors, key=errors.__getitem__)
     found = ", ".join(f"{share:.0%} {error:.4f}" for share, error in errors.items())
     logger.info("validation MSE by share of the learned weights: %s", found)
     return _mixture(learned, start, share), share, errors[share], errors

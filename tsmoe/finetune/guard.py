@@ -17,8 +17,8 @@ class StoppingConfig(Section):
     max_windows: int = 1024
     """Validation windows that are forecast each time, uniformly spaced."""
     mixes_with_start: bool = True
-    """Hand over weights on the way from the start's to the learned: the smallest of 25, 50, 75 and
-    100 % that validates as well as any, to within 1 % (WiSE-FT, arXiv 2109.01903)."""
+    """Hand over weights on the way from the start's to the learned: that of 25, 50, 75 and 100 %
+    which validates best (WiSE-FT, arXiv 2109.01903)."""
 
     def __post_init__(self) -> None:
         if self.patience < 1 or self.max_windows < 1:
