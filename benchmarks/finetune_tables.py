@@ -38,6 +38,11 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "no_mixture": ("full", ["stopping.mixes_with_start=false"]),
     "all_tokens": ("full", ["training.loss_on=all"]),
     "more_dropout": ("full", ["dropout=0.3"]),
+    "strong": ("full", ["optimizer.lr=0.0005", "dropout=0.2", "training.steps=600"]),
+    "strong_10": (
+        "full",
+        ["few_shot=0.1", "optimizer.lr=0.0005", "dropout=0.2", "training.steps=600"],
+    ),
     "bad_lr": ("full", ["optimizer.lr=3.0", "training.steps=60"]),
 }
 
