@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="such as 0,1,2")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of runs")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for all cases")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     ablation = ABLATIONS[args.name]
     if ablation.preset != "from_scratch" and args.model is None:
         parser.error("--model is needed: this ablation starts from a package")

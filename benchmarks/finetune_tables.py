@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of runs")
     parser.add_argument("--name", default="finetune_tables", help="of the result files")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for all cells")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     results: dict[str, list[dict[str, Any]]] = {}
     for row in args.rows.split(","):
         for name in args.tables.split(","):

@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--preset", default="time_tracker_mini")
     parser.add_argument("--out", type=Path, default=Path("runs/mini"), help="folder of the run")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     corpus, run, package = args.out / "corpus", args.out / "run", args.out / "package"
     seconds = {"build": build_corpus(args.corpus, corpus)}
     seconds["pretrain"] = tsmoe(
