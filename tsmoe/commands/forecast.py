@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     asked = split_numbers("--quantiles", args.quantiles) if args.quantiles is not None else ()
     import numpy as np
 
+    from tsmoe.evaluate.metrics import interpolate_levels
     from tsmoe.evaluate.report import ForecastPicture, check_output, draw_forecast
 
     if args.out is not None:
@@ -163,27 +164,6 @@ def check_levels(asked: tuple[float, ...], levels: tuple[float, ...]) -> None:
             )
     if len(set(asked)) < len(asked):
         raise ConfigError(f"--quantiles: a level is given twice in {asked}")
-
-
-def interpolate_levels(
-    quantiles_CQK: "np.ndarray", levels: tuple[float, ...], asked: tuple[float, ...]
-) -> "np.ndarray":
-    """Take the asked levels, linearly between the two of the head that are next to each.
-
-    Args:
-        levels: of the head, increasing; `check_levels` has passed.
-
-    Returns:
-        asked_CQK: with K = len(asked).
-    """
-    import numpy as np
-
-    places = np.interp(asked, levels, np.arange(len(levels)))
-    below = np.floor(places).astype(int)
-    above = np.ceil(places).astype(int)
-    weight_K = (places - below).astype(np.float32)
-    low_CQK, high_CQK = quantiles_CQK[..., below], quantiles_CQK[..., above]
-    return low_CQK + weight_K * (high_CQK - low_CQK)
 
 
 def forecast_frame(

@@ -18,7 +18,11 @@ import numpy as np
 
 from tsmoe.errors import ConfigError, DataError
 from tsmoe.evaluate.baselines import Naive, SeasonalNaive, season_length
-from tsmoe.evaluate.metrics import ForecastScores, seasonal_differences
+from tsmoe.evaluate.metrics import (
+    ForecastScores,
+    interpolate_levels,
+    seasonal_differences,
+)
 
 if TYPE_CHECKING:
     from data_pipeline.table import Table
@@ -113,7 +117,9 @@ def evaluate_gift(
     ])  # fmt: skip
     quantiles_BCQK = None
     if forecast.quantiles_BCQK is not None:
-        quantiles_BCQK = _at_levels(forecast.quantiles_BCQK, forecaster.quantile_levels)
+        quantiles_BCQK = interpolate_levels(
+            forecast.quantiles_BCQK, forecaster.quantile_levels, LEVELS
+        )
     points = {
         SEASONAL: SeasonalNaive(season).forecast(context_BCL, prediction_length),
         "naive": Naive().forecast(context_BCL, prediction_length),
@@ -217,11 +223,3 @@ def _windows(
     context = [table.values_LC[start - reach : start].T for start in starts_B]
     target = [table.values_LC[start : start + prediction_length].T for start in starts_B]
     return np.stack(context), np.stack(target)
-
-
-def _at_levels(quantiles_BCQK: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
-    """Take `LEVELS`, linearly between those of the head; beyond the outermost, these."""
-    places = np.interp(LEVELS, levels, np.arange(len(levels)))
-    below, above = np.floor(places).astype(int), np.ceil(places).astype(int)
-    low_BCQK, high_BCQK = quantiles_BCQK[..., below], quantiles_BCQK[..., above]
-    return low_BCQK + (places - below) * (high_BCQK - low_BCQK)

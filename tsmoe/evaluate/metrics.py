@@ -128,3 +128,22 @@ def seasonal_differences(values_LC: np.ndarray, season: int) -> np.ndarray:
     count_C = counted_LC.sum(axis=0)
     total_C = np.where(counted_LC, difference_LC, 0.0).sum(axis=0)
     return np.divide(total_C, count_C, out=np.full(len(count_C), np.nan), where=count_C > 0)
+
+
+def interpolate_levels(
+    quantiles: np.ndarray, levels: tuple[float, ...], asked: tuple[float, ...]
+) -> np.ndarray:
+    """Take the asked levels, linearly between the two of the head that are next to each.
+
+    Args:
+        quantiles: the last axis is that of `levels`.
+        levels: of the head, increasing; beyond the outermost, these count.
+
+    Returns:
+        The same with an axis of `asked` at the end.
+    """
+    places = np.interp(asked, levels, np.arange(len(levels)))
+    below = np.floor(places).astype(int)
+    above = np.ceil(places).astype(int)
+    weight = (places - below).astype(np.float32)
+    return quantiles[..., below] + weight * (quantiles[..., above] - quantiles[..., below])

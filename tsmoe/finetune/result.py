@@ -51,8 +51,6 @@ class RunResult:
     package: Path
     best_step: int | None
     """Steps after which validation was best; None if it never was a number."""
-    keeps_start: bool
-    """Whether the package holds the start, as nothing learned was better on validation."""
     verdict: str
     """One line for people."""
     scores: dict[str, ForecastScores]
@@ -120,7 +118,6 @@ def hand_over(
     return RunResult(
         package=folder / PACKAGE_FOLDER,
         best_step=choice.step,
-        keeps_start=choice.is_start,
         verdict=choice.verdict,
         scores=scores,
         windows=own.windows,

@@ -15,6 +15,7 @@ import pytest
 
 from tsmoe.commands import evaluate, forecast
 from tsmoe.errors import ConfigError
+from tsmoe.evaluate.metrics import interpolate_levels
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def test_forecast_prints_json(tmp_path: Path, capsys, daily_cycle, use_package) 
 
 def test_levels_between_those_of_the_head_are_interpolated() -> None:
     quantiles_CQK = np.array([[[0.0, 10.0, 30.0]]], dtype=np.float32)
-    asked_CQK = forecast.interpolate_levels(quantiles_CQK, (0.1, 0.5, 0.9), (0.1, 0.2, 0.7, 0.9))
+    asked_CQK = interpolate_levels(quantiles_CQK, (0.1, 0.5, 0.9), (0.1, 0.2, 0.7, 0.9))
     np.testing.assert_allclose(asked_CQK[0, 0], [0, 2.5, 20, 30], rtol=1e-6)
 
 
