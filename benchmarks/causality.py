@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     args = parser.parse_args()
     model, _ = load_package(args.package)
+    assert isinstance(model, TimeTracker)
     results: dict[str, Any] = {
         f"routing {routing}, norm {norm}": movement(with_modes(model, routing, norm), args.windows)
         for norm in ("prefix", "window")

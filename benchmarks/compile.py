@@ -32,6 +32,7 @@ from tsmoe.engine.build import build_engine
 from tsmoe.engine.plain_engine import PlainEngineConfig
 from tsmoe.engine.protocol import Engine
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import RunConfig, resolve
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import training_step
@@ -95,10 +96,16 @@ def made_up_batch(config: RunConfig, ranks: Ranks) -> WindowBatch:
 def one_step(config: RunConfig, engine: Engine, batch: WindowBatch) -> float:
     """Do a step and return its loss."""
     return training_step(
-        engine, [batch], step=0, lr=1e-4, balance_rate=1e-3,
-        error_unit=config.training.error_unit, target_clip=config.training.target_clip,
+        engine,
+        [batch],
+        step=0,
+        lr=1e-4,
+        balance_rate=1e-3,
+        objective=NextPatchObjective(
+            error_unit=config.training.error_unit, target_clip=config.training.target_clip
+        ),
         series_name=str,
-    ).loss  # fmt: skip
+    ).loss
 
 
 def worker(case: Case, rounds: int) -> dict[str, Any]:

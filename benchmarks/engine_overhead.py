@@ -29,6 +29,7 @@ from step_turns import Turns, take_turns
 from tsmoe import ranks as ranks_module
 from tsmoe.engine import build
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import resolve
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import training_step
@@ -56,9 +57,15 @@ def make_step(preset: str, settings: list[str], ranks: Ranks) -> Callable[[], ob
     engine = build.build_engine(config, ranks, prepare=prepare_pretraining)
     batch = random_walks(config.model, windows, seed=ranks.rank)
     return partial(
-        training_step, engine, [batch], step=1, lr=1e-4, balance_rate=1e-3, error_unit="window",
-        target_clip=10.0, series_name=str,
-    )  # fmt: skip
+        training_step,
+        engine,
+        [batch],
+        step=1,
+        lr=1e-4,
+        balance_rate=1e-3,
+        objective=NextPatchObjective(error_unit="window", target_clip=10.0),
+        series_name=str,
+    )
 
 
 def worker(output: Path, preset: str, *, rounds: int, keeps_memory: bool) -> None:

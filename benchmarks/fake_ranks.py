@@ -38,6 +38,7 @@ from tsmoe.checkpoint.layout import STATE_KINDS
 from tsmoe.engine.build import build_engine
 from tsmoe.moe.experts import Experts
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import training_step
@@ -143,8 +144,9 @@ def fake_rank(config: RunConfig, rank: int, world_size: int) -> FakeRank:
             step=0,
             lr=config.optimizer.lr,
             balance_rate=config.balance.rate,
-            error_unit=config.training.error_unit,
-            target_clip=config.training.target_clip,
+            objective=NextPatchObjective(
+                error_unit=config.training.error_unit, target_clip=config.training.target_clip
+            ),
             series_name=str,
         )
     return FakeRank(

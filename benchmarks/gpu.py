@@ -32,6 +32,7 @@ from tsmoe.cost.flops import training_flops
 from tsmoe.cost.hardware import measure_gemm_rate, peak_flops
 from tsmoe.engine.build import build_engine
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import RunConfig, resolve
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import training_step
@@ -108,10 +109,17 @@ def sweep(
     best, best_step = 0.0, None
     for windows in micro_batches:
         step = partial(
-            training_step, engine, [batch_on(config, windows, ranks.device)], step=1, lr=1e-4,
-            balance_rate=config.balance.rate, error_unit=config.training.error_unit,
-            target_clip=config.training.target_clip, series_name=str,
-        )  # fmt: skip
+            training_step,
+            engine,
+            [batch_on(config, windows, ranks.device)],
+            step=1,
+            lr=1e-4,
+            balance_rate=config.balance.rate,
+            objective=NextPatchObjective(
+                error_unit=config.training.error_unit, target_clip=config.training.target_clip
+            ),
+            series_name=str,
+        )
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:

@@ -33,6 +33,7 @@ from tsmoe.engine.plain_engine import PlainEngine
 from tsmoe.models import build_model
 from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import StepReport, training_step, validation_loss
 
@@ -88,7 +89,9 @@ class Training:
     def validate(self) -> float:
         """Mean error on windows of one series each."""
         return validation_loss(
-            self.engine, self.validation, error_unit="window", target_clip=TARGET_CLIP
+            self.engine,
+            self.validation,
+            objective=NextPatchObjective(error_unit="window", target_clip=TARGET_CLIP),
         )
 
     def figures(self) -> dict[str, Any]:
@@ -107,9 +110,14 @@ class Training:
 def take_step(engine: PlainEngine, batch: WindowBatch, number: int) -> StepReport:
     """Train on one batch."""
     return training_step(
-        engine, [batch], step=number, lr=1e-3, balance_rate=1e-3, error_unit="window",
-        target_clip=TARGET_CLIP, series_name=str,
-    )  # fmt: skip
+        engine,
+        [batch],
+        step=number,
+        lr=1e-3,
+        balance_rate=1e-3,
+        objective=NextPatchObjective(error_unit="window", target_clip=TARGET_CLIP),
+        series_name=str,
+    )
 
 
 def lengths(config: TimeTrackerConfig) -> dict[str, int]:

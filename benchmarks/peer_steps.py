@@ -49,6 +49,7 @@ from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
 from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import training_step
 
@@ -184,9 +185,15 @@ def our_step(match: Match, mode: str, precision: str, ranks: Ranks) -> Callable[
         micro_batch_size=match.windows, gradient_accumulation_steps=1, ranks=ranks,
     )  # fmt: skip
     return partial(
-        training_step, engine, [random_walks(match.config, match.windows, seed=0)], step=1,
-        lr=1e-4, balance_rate=1e-3, error_unit="window", target_clip=10.0, series_name=str,
-    )  # fmt: skip
+        training_step,
+        engine,
+        [random_walks(match.config, match.windows, seed=0)],
+        step=1,
+        lr=1e-4,
+        balance_rate=1e-3,
+        objective=NextPatchObjective(error_unit="window", target_clip=10.0),
+        series_name=str,
+    )
 
 
 def worker(output: Path, *, rounds: int, there: list[str], threads: int) -> None:

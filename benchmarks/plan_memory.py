@@ -32,6 +32,7 @@ from tsmoe.cost.live_storages import LiveStorages
 from tsmoe.cost.memory import plan_memory
 from tsmoe.engine.build import build_engine
 from tsmoe.models.time_tracker import TimeTrackerConfig
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import training_step
@@ -136,9 +137,14 @@ def worker(number: int, output: Path) -> None:
             ]
             storages.peak = storages.alive()
             report = training_step(
-                engine, batches, step=step, lr=1e-3, balance_rate=1e-3, error_unit="window",
-                target_clip=10.0, series_name=str,
-            )  # fmt: skip
+                engine,
+                batches,
+                step=step,
+                lr=1e-3,
+                balance_rate=1e-3,
+                objective=NextPatchObjective(error_unit="window", target_clip=10.0),
+                series_name=str,
+            )
     size = config.expert_parallel_size(ranks.size)
     load_MGe = report.load_ME.double().unflatten(1, (size, -1))
     load_G = load_MGe.sum((0, 2))

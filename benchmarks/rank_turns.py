@@ -27,6 +27,7 @@ from tsmoe import ranks as ranks_module
 from tsmoe.batch import WindowBatch
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import training_step
@@ -195,8 +196,9 @@ def _steps(
             step=step,
             lr=1e-4,
             balance_rate=config.balance.rate,
-            error_unit=config.training.error_unit,
-            target_clip=config.training.target_clip,
+            objective=NextPatchObjective(
+                error_unit=config.training.error_unit, target_clip=config.training.target_clip
+            ),
             series_name=str,
         )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -28,6 +28,7 @@ from tsmoe.batch import WindowBatch
 from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
 from tsmoe.ranks import CommunicationMeter, Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.record import RunRecord
 from tsmoe.train.run_config import RunConfig, resolve
 from tsmoe.train.stages import prepare_pretraining
@@ -64,9 +65,15 @@ class Trainer:
             if self.telemetry is not None:
                 self.telemetry.step_begins()
             report = training_step(
-                self.engine, [self.batch], step=self.steps_done, lr=1e-4, balance_rate=1e-3,
-                error_unit="window", target_clip=10.0, series_name=str, telemetry=self.telemetry,
-            )  # fmt: skip
+                self.engine,
+                [self.batch],
+                step=self.steps_done,
+                lr=1e-4,
+                balance_rate=1e-3,
+                objective=NextPatchObjective(error_unit="window", target_clip=10.0),
+                series_name=str,
+                telemetry=self.telemetry,
+            )
             times = {"seconds": time.monotonic() - begun, "seconds_waited": 0.0}
             cpu = time.thread_time()
             if self.telemetry is not None:

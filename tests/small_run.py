@@ -29,6 +29,7 @@ from tsmoe.engine.protocol import Engine
 from tsmoe.ranks import Ranks
 from tsmoe.train.loop import seed_step
 from tsmoe.train.metrics import load_biases
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import StepReport, training_step
@@ -159,8 +160,9 @@ def one_step(
         step=step,
         lr=config.optimizer.lr,
         balance_rate=config.balance.rate,
-        error_unit=config.training.error_unit,
-        target_clip=config.training.target_clip,
+        objective=NextPatchObjective(
+            error_unit=config.training.error_unit, target_clip=config.training.target_clip
+        ),
         series_name=str,
         telemetry=telemetry,
     )

@@ -41,7 +41,16 @@ BANS = (
         package="tsmoe",
         names=("data_pipeline",),
         but_in="commands",
-        but_from=("record", "shards", "table", "errors", "sources.rows", "steps.split"),
+        but_from=(
+            "record",
+            "shards",
+            "table",
+            "table_file",
+            "time_column",
+            "errors",
+            "sources.rows",
+            "steps.split",
+        ),
     ),
 )
 
@@ -55,6 +64,7 @@ LAYERS = (
     ("engine", "cost"),
     ("train", "evaluate", "report"),
     ("finetune",),
+    ("tasks",),
     ("commands", "__main__"),
 )
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}

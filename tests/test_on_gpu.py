@@ -17,6 +17,7 @@ from tsmoe.moe.experts import Experts
 from tsmoe.moe.layer import MoEConfig, MoELayer
 from tsmoe.moe.routers import SequenceRouterConfig
 from tsmoe.ranks import CommunicationMeter, Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.step import training_step
 from tsmoe.train.telemetry import StepCost, StepTelemetry
 
@@ -84,9 +85,15 @@ def cost_of_a_step(device: torch.device) -> StepCost:
         begun = time.monotonic()
         telemetry.step_begins()
         report = training_step(
-            engine, [batch], step=step, lr=1e-3, balance_rate=1e-3, error_unit="window",
-            target_clip=10.0, series_name=str, telemetry=telemetry,
-        )  # fmt: skip
+            engine,
+            [batch],
+            step=step,
+            lr=1e-3,
+            balance_rate=1e-3,
+            objective=NextPatchObjective(error_unit="window", target_clip=10.0),
+            series_name=str,
+            telemetry=telemetry,
+        )
         telemetry.step_ended(seconds=time.monotonic() - begun, seconds_waited=0.0)
     assert report.cost_before is not None
     return report.cost_before

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class WindowBatch:
 
     is_covariate_BC: Tensor | None = None
     """bool; True for variates that help to forecast others and are not forecast. None: none."""
+    labels_B: Tensor | None = None
+    """int64; the class of each window, where windows are to be told apart."""
+    task: str | None = None
+    """Which of a model's tasks the windows are for; None: it has one."""
 
     @property
     def num_windows(self) -> int:
@@ -47,6 +52,6 @@ class WindowBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> WindowBatch:
-        return replace(
-            self, **{name: change(value) for name, value in vars(self).items() if value is not None}
-        )
+        tensors = {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)

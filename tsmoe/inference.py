@@ -57,12 +57,14 @@ class Forecaster:
             CheckpointError: if it is missing or damaged.
             ConfigError: if the device is not there.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-            raise ConfigError(f"device {device!r} is not to be had here; use auto or cpu")
+        chosen = choose_device(device)
         model, card = load_package(Path(path))
-        return cls(model, card, torch.device(device))
+        if not isinstance(model, TimeTracker):
+            raise CheckpointError(
+                f"{path}: holds a {model.config.type} for {', '.join(model.tasks)}; load it with "
+                "tsmoe.tasks.predictor.load_predictor"
+            )
+        return cls(model, card, chosen)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, *, device: str = "auto") -> Forecaster:
@@ -309,6 +311,19 @@ class _Roll:
         missing = max(0, end - self.known_BFT.shape[-1])
         known_BFT = torch.nn.functional.pad(self.known_BFT, (0, missing), value=torch.nan)
         return known_BFT[..., end - length : end]
+
+
+def choose_device(device: str) -> torch.device:
+    """Find the device of a name; `auto` prefers a GPU.
+
+    Raises:
+        ConfigError: if it is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device {device!r} is not to be had here; use auto or cpu")
+    return torch.device(device)
 
 
 def _is_covariate(values_BCL: Tensor, num_covariates: int) -> Tensor | None:

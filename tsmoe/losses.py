@@ -27,10 +27,12 @@ class LossTerms:
     """Sum of the point errors of each window; carries the gradient."""
     count_B: Tensor
     """Points that were summed, int64."""
-    error_BCN: Tensor
-    """Sum of the point errors of each token, detached."""
-    count_BCN: Tensor
+    error_BCN: Tensor | None = None
+    """Sum of the point errors of each token, detached; of models that tell."""
+    count_BCN: Tensor | None = None
     """Points that were summed of each token, int64."""
+    regulariser: Tensor | None = None
+    """Scalar, this rank's share of what is added to the mean error; carries a gradient."""
 
 
 def target_patches(

@@ -6,16 +6,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tsmoe.moe.routers import RouterConfig, SequenceRouterConfig, build_router
+from tsmoe.moe.routers import (
+    LinearRouterConfig,
+    RecurrentRouterConfig,
+    RouterConfig,
+    SequenceRouterConfig,
+    build_router,
+)
 from tsmoe.moe.routing import Routing
 from tsmoe.nn.spans import SeriesSpans
 
 B, C, N, D, E = 4, 3, 6, 16, 8
 
-EXAMPLES: tuple[RouterConfig, ...] = tuple(
-    SequenceRouterConfig(mode=mode, top_k=top_k)
-    for mode in ("sequence", "prefix", "token")
-    for top_k in (1, 2, 3)
+EXAMPLES: tuple[RouterConfig, ...] = (
+    *(
+        SequenceRouterConfig(mode=mode, top_k=top_k)
+        for mode in ("sequence", "prefix", "token")
+        for top_k in (1, 2, 3)
+    ),
+    *(LinearRouterConfig(top_k=k, noise=noise) for k, noise in ((1, 0.0), (2, 1.0), (3, 0.0))),
+    *(
+        RecurrentRouterConfig(top_k=k, noise=noise, d_router=12)
+        for k, noise in ((1, 1.0), (2, 0.0), (3, 1.0))
+    ),
 )
 
 
@@ -37,6 +50,12 @@ def random_tokens() -> Tensor:
 
 def route(router: nn.Module, tokens_BCND: Tensor) -> Routing:
     return router(tokens_BCND, None)[0]
+
+
+def route_in_second_layer(router: nn.Module, tokens_BCND: Tensor) -> Routing:
+    """Route where a memory is no longer empty, which uses all weights."""
+    _, state = router(tokens_BCND, None)
+    return router(tokens_BCND, state)[0]
 
 
 def test_every_router_has_an_example() -> None:
@@ -138,8 +157,9 @@ def test_bias_is_saved_but_not_learned(router) -> None:
 
 
 def test_gradients_reach_every_parameter_and_the_tokens(config, router, tokens_BCND) -> None:
+    router.train()  # what learned noise is for
     tokens_BCND.requires_grad_()
-    weights_BCNK = route(router, tokens_BCND).weights_BCNK
+    weights_BCNK = route_in_second_layer(router, tokens_BCND).weights_BCNK
     weights_BCNK.square().sum().backward()
     assert tokens_BCND.grad.abs().sum() > 0
     for name, parameter in router.named_parameters():
@@ -148,7 +168,11 @@ def test_gradients_reach_every_parameter_and_the_tokens(config, router, tokens_B
 
 
 def test_scores_carry_gradients_to_experts_that_were_not_chosen(router, tokens_BCND) -> None:
-    route(router, tokens_BCND).scores_BCNE.sum().backward()
+    router.train()
+    routing = route_in_second_layer(router, tokens_BCND)
+    is_chosen_BCNE = torch.zeros(B, C, N, E).scatter(-1, routing.expert_ids_BCNK, 1).bool()
+    missed_BCNE = routing.scores_BCNE.expand(-1, -1, N, -1).masked_fill(is_chosen_BCNE, 0)
+    missed_BCNE.sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in router.parameters())
 
 

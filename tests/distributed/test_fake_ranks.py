@@ -22,6 +22,7 @@ from tsmoe.data.windows import training_windows
 from tsmoe.engine import PlainEngineConfig
 from tsmoe.engine.build import build_engine
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import RunConfig, resolve
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import training_step
@@ -117,8 +118,9 @@ def plain_loss(config: RunConfig) -> float:
         step=0,
         lr=1e-3,
         balance_rate=0,
-        error_unit=config.training.error_unit,
-        target_clip=config.training.target_clip,
+        objective=NextPatchObjective(
+            error_unit=config.training.error_unit, target_clip=config.training.target_clip
+        ),
         series_name=str,
     ).loss
 

@@ -27,6 +27,7 @@ from snapshot_reader import reader_of
 from tsmoe.config import merge_layers
 from tsmoe.engine.protocol import Engine
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.step import validation_loss
 
@@ -174,7 +175,9 @@ def losses_with_validation_between(config: RunConfig) -> list[float]:
 
 def _validate(config: RunConfig, engine: Engine) -> float:
     return validation_loss(
-        engine, step_batches(config, engine.ranks, 7), error_unit="window", target_clip=10.0
+        engine,
+        step_batches(config, engine.ranks, 7),
+        objective=NextPatchObjective(error_unit="window", target_clip=10.0),
     )
 
 

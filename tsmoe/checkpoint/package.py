@@ -30,14 +30,13 @@ from tsmoe.checkpoint.layout import (
 )
 from tsmoe.config import decode, encode, read_yaml
 from tsmoe.errors import CheckpointError, ConfigError
-from tsmoe.models import ModelConfig, build_model
-from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.models import Model, ModelConfig, build_model
 
 PACKAGE_VERSION = 1
 WEIGHTS_FILE, MODEL_FILE, CARD_FILE = "model.safetensors", "model.yaml", "card.json"
 
 
-def save_package(folder: Path, model: TimeTracker, card: dict[str, Any]) -> None:
+def save_package(folder: Path, model: Model, card: dict[str, Any]) -> None:
     """Write a package, or replace an older one, so that it is there whole or not at all.
 
     Raises:
@@ -76,7 +75,7 @@ def save_package(folder: Path, model: TimeTracker, card: dict[str, Any]) -> None
         raise CheckpointError(f"{folder}: the package could not be written: {error}") from error
 
 
-def load_package(folder: Path) -> tuple[TimeTracker, dict[str, Any]]:
+def load_package(folder: Path) -> tuple[Model, dict[str, Any]]:
     """Build the model of a package and load its weights, strictly.
 
     Returns:
@@ -102,9 +101,7 @@ def load_package(folder: Path) -> tuple[TimeTracker, dict[str, Any]]:
             f"{PACKAGE_VERSION}; use the version of tsmoe that wrote it"
         )
     try:
-        config = decode(
-            ModelConfig, read_yaml(folder / MODEL_FILE), origin=str(folder / MODEL_FILE)
-        )
+        config = _decode_model(read_yaml(folder / MODEL_FILE), origin=str(folder / MODEL_FILE))
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     model = build_model(config)
@@ -124,13 +121,13 @@ def load_package(folder: Path) -> tuple[TimeTracker, dict[str, Any]]:
 
 
 def model_from_checkpoint(
-    folder: Path, meta: CheckpointMeta, *, prepare: Callable[[TimeTracker], None] | None = None
-) -> TimeTracker:
+    folder: Path, meta: CheckpointMeta, *, prepare: Callable[[Any], None] | None = None
+) -> Model:
     """Build the whole model of a checkpoint in this process, experts of all ranks together.
 
     `prepare` adds what training had added to the model before its weights are read.
     """
-    config = decode(ModelConfig, meta.config["model"], origin=f"{folder}: model")
+    config = _decode_model(meta.config["model"], origin=f"{folder}: model")
     model = build_model(config)
     if prepare is not None:
         prepare(model)
@@ -141,6 +138,11 @@ def model_from_checkpoint(
             parameter.copy_(reader.parameter(name, parameter.shape, experts.get(name)).value)
         reader.load_buffers(model)
     return model.eval()
+
+
+def _decode_model(values: dict[str, Any], *, origin: str) -> ModelConfig:
+    section: Any = ModelConfig  # a union, which pydantic takes and `type` does not describe
+    return decode(section, values, origin=origin)
 
 
 def _load_strictly(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -31,7 +31,11 @@ def _finetune(args: argparse.Namespace) -> int:
     from tsmoe.finetune.result import RESULT_FILE
     from tsmoe.ranks import launched_world_size, stop
     from tsmoe.train.loop import Outcome
+    from tsmoe.train.run_config import FINE_TUNING, read_preset
 
+    preset = read_preset(args.preset, FINE_TUNING)
+    if "tasks" in preset:
+        return _train_tasks(args, preset)
     config = resolve_finetune(args.preset, args.settings)
     outcome, result = finetune(config)
     stop()
@@ -55,3 +59,32 @@ def _finetune(args: argparse.Namespace) -> int:
         return 75
     # Launchers take any other code for a failure; the markers DONE and REQUEUE tell the rest.
     return 0
+
+
+def _train_tasks(args: argparse.Namespace, preset: dict[str, object]) -> int:
+    """Train a model of supervised tasks from scratch."""
+    from pathlib import Path
+
+    from tsmoe.ranks import launched_world_size, stop
+    from tsmoe.tasks.config import resolve_tasks
+    from tsmoe.tasks.run import RESULT_FILE, train_tasks
+    from tsmoe.train.loop import Outcome
+
+    config = resolve_tasks(preset, args.preset, args.settings)
+    outcome, result = train_tasks(config)
+    stop()
+    if result is not None and args.json:
+        print((Path(config.run) / RESULT_FILE).read_text(encoding="utf-8"), end="")
+    elif result is not None:
+        from rich.console import Console
+
+        from tsmoe.tasks.report import results_table
+
+        console = Console()
+        for name, evaluation in result.evaluations.items():
+            title = f"{name}: {evaluation.data}, {evaluation.describe()}"
+            console.print(title, highlight=False, markup=False, soft_wrap=True)
+            console.print(results_table(evaluation.results))
+        for line in (result.verdict, f"package: {result.package}"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 75 if outcome is Outcome.STOPPED and launched_world_size() == 1 else 0

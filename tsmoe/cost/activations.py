@@ -18,6 +18,7 @@ from tsmoe.cost.flops import values_per_point
 if TYPE_CHECKING:
     from tsmoe.models.time_tracker import TimeTrackerConfig
     from tsmoe.moe.layer import MoEConfig
+    from tsmoe.moe.routers import RouterConfig
 
 _FLOAT32, _INT64 = 4, 8
 # Of nn/causal_attention.py.
@@ -94,6 +95,19 @@ def attention_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) ->
     return size + rows.tokens * rows.patches * model.num_heads * numerics.element
 
 
+def decides_by(router: RouterConfig) -> str:
+    """Return what a decision is made for: `sequence`, `prefix` or `token`."""
+    return router.mode if router.type == "sequence" else "token"
+
+
+def memory_floats(router: RouterConfig) -> int:
+    """Count what a recurrent router keeps of a token: of both tracks gates, input and state.
+
+    An estimate: it was not measured as the other parts were.
+    """
+    return 2 * 6 * router.d_router if router.type == "recurrent" else 0
+
+
 def router_bytes(
     model: TimeTrackerConfig, config: MoEConfig, rows: Rows, numerics: Numerics
 ) -> int:
@@ -102,12 +116,13 @@ def router_bytes(
     per_token = config.num_experts * _FLOAT32
     if numerics.element != _FLOAT32:
         per_token += model.d_model * _FLOAT32
-    units = rows.series if router.mode == "sequence" else rows.tokens
+    units = rows.series if decides_by(router) == "sequence" else rows.tokens
+    per_token += memory_floats(router) * _FLOAT32
     # Of those that were chosen and the next best, ids; of the chosen ones weights.
     per_unit = min(router.top_k + 1, config.num_experts) * _INT64 + router.top_k * _FLOAT32
     if router.top_k > 1:
         per_unit += _FLOAT32 + router.top_k * _FLOAT32
-    if router.mode != "token":
+    if decides_by(router) in ("sequence", "prefix"):
         per_unit += config.num_experts * _FLOAT32
     return rows.tokens * per_token + units * per_unit
 
@@ -116,7 +131,7 @@ def dispatch_bytes(
     model: TimeTrackerConfig, config: MoEConfig, rows: Rows, numerics: Numerics
 ) -> int:
     """Dispatch: rows that came from other ranks or were put in order, weights, and the order."""
-    units = rows.series if config.router.mode == "sequence" else rows.tokens
+    units = rows.series if decides_by(config.router) == "sequence" else rows.tokens
     choices = units * config.router.top_k
     arrived = round(choices * rows.imbalance) if rows.is_remote else 0
     size = (

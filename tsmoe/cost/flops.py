@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tsmoe.models.patch_moe import PatchMoEConfig
     from tsmoe.models.time_tracker import TimeTrackerConfig
 
 
@@ -89,6 +90,50 @@ def training_flops(
         router=in_blocks * tokens * width * num_experts,
         embedding=2 * 2 * tokens * 2 * model.patch_length * width,
         head=3 * 2 * tokens * width * model.patch_length * values_per_point(model),
+    )
+
+
+def encoder_flops(model: PatchMoEConfig, *, sequences: int) -> FlopCount:
+    """Count forward and backward pass of PatchMoE over some univariate sequences.
+
+    The head counts as one that forecasts, where there is one, else as one that reconstructs; that
+    of classes multiplies little. Routers compute twice forward while training, once for a loss that
+    is theirs alone.
+
+    Args:
+        model: sizes.
+        sequences: windows times variates.
+    """
+    from tsmoe.models.block import DenseConfig
+
+    patches, width, feed_forward = model.num_patches, model.d_model, model.feed_forward
+    tokens = sequences * patches
+    routed_width = shared_width = per_token = 0
+    if isinstance(feed_forward, DenseConfig):
+        shared_width = feed_forward.d_ff
+    else:
+        router = feed_forward.router
+        routed_width = router.top_k * feed_forward.d_ff_expert
+        shared_width = feed_forward.num_shared_experts * feed_forward.d_ff_shared
+        per_token = 2 * width * feed_forward.num_experts
+        if router.type == "recurrent":
+            memory = router.d_router
+            scores = feed_forward.num_experts * (2 if router.noise else 1)
+            per_token = 2 * memory * (width + 6 * memory + scores)
+    in_blocks = 3 * 2 * model.num_layers
+    predicted = max(
+        (head.prediction_length for head in model.heads.values() if head.type == "forecast"),
+        default=0,
+    )
+    per_sequence = patches * width * (predicted or model.patch_length)
+    return FlopCount(
+        attention=in_blocks * sequences * patches**2 * 2 * width,
+        projections=in_blocks * tokens * 4 * width**2,
+        routed_experts=in_blocks * tokens * 3 * width * routed_width,
+        shared_experts=in_blocks * tokens * 3 * width * shared_width,
+        router=in_blocks * tokens * per_token,
+        embedding=2 * 2 * tokens * 2 * model.patch_length * width,
+        head=3 * 2 * sequences * per_sequence,
     )
 
 

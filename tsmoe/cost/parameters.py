@@ -10,6 +10,7 @@ from tsmoe.cost.flops import values_per_point
 
 if TYPE_CHECKING:
     from tsmoe.models.time_tracker import TimeTrackerConfig
+    from tsmoe.moe.routers import RouterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def _feed_forward(
             _matrix(f"{name}.gate_up.weight", 2 * width * config.d_ff),
             _matrix(f"{name}.down.weight", width * config.d_ff),
         ]
-    sizes = [_vector(f"{name}.router.clusters_ED", config.num_experts * width)]
+    sizes = _router(config.router, f"{name}.router", width, config.num_experts)
     if shared := config.num_shared_experts * config.d_ff_shared:
         sizes += [
             _matrix(f"{name}.always_on.gate_up.weight", 2 * width * shared),
@@ -88,6 +89,29 @@ def _feed_forward(
                 is_routed=True, is_decayed=True,
             )
         )  # fmt: skip
+    return sizes
+
+
+def _router(router: RouterConfig, name: str, width: int, num_experts: int) -> list[ParameterSize]:
+    if router.type == "sequence":
+        return [_vector(f"{name}.clusters_ED", num_experts * width)]
+    scored, sizes = width, []
+    if router.type == "recurrent":
+        scored = memory = router.d_router
+        sizes = [
+            _matrix(f"{name}.project.weight", width * memory),
+            _vector(f"{name}.project.bias", memory),
+        ]
+        if not router.shares_memory or name.startswith("blocks.0."):
+            sizes += [
+                _matrix(f"{name}.memory.weight_ih", 3 * memory**2),
+                _matrix(f"{name}.memory.weight_hh", 3 * memory**2),
+                _vector(f"{name}.memory.bias_ih", 3 * memory),
+                _vector(f"{name}.memory.bias_hh", 3 * memory),
+            ]
+    sizes.append(_matrix(f"{name}.gate.weight", num_experts * scored))
+    if router.noise:
+        sizes.append(_matrix(f"{name}.spread.weight", num_experts * scored))
     return sizes
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
 from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.engine.plain_engine import PlainEngine, PlainEngineConfig, Precision
 from tsmoe.engine.protocol import Engine
+from tsmoe.errors import ConfigError
 from tsmoe.host_memory import keep_freed_memory
-from tsmoe.models import ModelConfig, build_model
+from tsmoe.models import Model, ModelConfig, build_model
 from tsmoe.models.compiled import compile_blocks
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.ranks import Ranks
@@ -55,9 +56,7 @@ class RunSettings(Protocol):
         ...
 
 
-def build_engine(
-    config: RunSettings, ranks: Ranks, *, prepare: Callable[[TimeTracker], None]
-) -> Engine:
+def build_engine(config: RunSettings, ranks: Ranks, *, prepare: Callable[[Any], None]) -> Engine:
     """Build the model with this rank's experts and hand it to the engine. Collective.
 
     On CPU the process keeps memory that was freed from here on, see `keep_freed_memory`.
@@ -77,9 +76,14 @@ def build_engine(
         recomputes_activations=training.recomputes_activations,
     )
 
-    def finish(model: TimeTracker) -> None:
+    def finish(model: Model) -> None:
         prepare(model)
         if training.compiles_blocks:
+            if not isinstance(model, TimeTracker):
+                raise ConfigError(
+                    f"training.compiles_blocks is true, but the blocks of {config.model.type} run "
+                    "as they are; set it to false"
+                )
             compile_blocks(model, device=ranks.device)
 
     match config.engine:

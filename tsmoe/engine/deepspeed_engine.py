@@ -20,8 +20,7 @@ from tsmoe.engine.plain_engine import Precision
 from tsmoe.engine.protocol import UpdateReport
 from tsmoe.engine.zero_state import GroupedState, SlicedState, ZeroState
 from tsmoe.errors import ConfigError
-from tsmoe.models.output import ModelOutput
-from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.models import Model
 from tsmoe.moe.layer import ExpertFactory, MoELayer
 from tsmoe.ranks import Ranks
 
@@ -80,7 +79,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: TimeTracker,
+        model: Model,
         config: DeepSpeedEngineConfig,
         optimizer_config: OptimizerConfig,
         *,
@@ -144,19 +143,13 @@ class DeepSpeedEngine:
             # norm that follows says the same.
             self._zero.check_overflow = lambda **_: None
 
-    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:
+    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> Any:
         """Run the model on the context of the batch's windows."""
         # DeepSpeed counts micro-batches itself, but tells its optimizer from a hook on the tensors
         # that the model returns, and sees none in a `ModelOutput`: left alone, the optimizer is one
         # micro-batch behind, and stage 3 with offload steps with the gradient of the last one only.
         self._engine.set_gradient_accumulation_boundary(last_micro_batch)
-        length = self.model.config.context_length
-        return self._engine(
-            batch.values_BCL[..., :length],
-            batch.observed_BCL[..., :length],
-            series_BCN=batch.series_BCN,
-            is_covariate_BC=batch.is_covariate_BC,
-        )
+        return self._engine(**self.model.arguments(batch))
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         """Add gradients; they are exchanged with the last, under stages 2 and 3 with each."""
@@ -181,7 +174,7 @@ class DeepSpeedEngine:
         restore(self.model, reader, self._state.set, shape_of=self._state.shape_of)
 
 
-def _announce_router_parameters(model: TimeTracker) -> None:
+def _announce_router_parameters(model: Model) -> None:
     """Have stage 3 gather a router's parameters in the backward pass with its layer.
 
     DeepSpeed gathers a module's parameters when a gradient arrives at a tensor that it returned; a

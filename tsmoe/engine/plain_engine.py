@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -27,8 +27,7 @@ from tsmoe.config import Section
 from tsmoe.engine.optimizer import OptimizerConfig, parameter_groups, set_learning_rate
 from tsmoe.engine.protocol import UpdateReport
 from tsmoe.errors import ConfigError
-from tsmoe.models.output import ModelOutput
-from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.models import Model
 from tsmoe.ranks import Ranks
 
 Precision = Literal["fp32", "bf16"]
@@ -46,7 +45,7 @@ class PlainEngine:
 
     def __init__(
         self,
-        model: TimeTracker,
+        model: Model,
         optimizer_config: OptimizerConfig,
         *,
         precision: Precision,
@@ -83,19 +82,13 @@ class PlainEngine:
         self._wrapped, self._prepared_optimizer = self._accelerator.prepare(model, optimizer)
         self._optimizer = optimizer
 
-    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:
+    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> Any:
         """Run the model on the context of the batch's windows.
 
         It is in the forward pass that torch's DDP decides whether the backward pass will exchange.
         """
-        length = self.model.config.context_length
         with nullcontext() if last_micro_batch else self._accelerator.no_sync(self._wrapped):
-            return self._wrapped(
-                batch.values_BCL[..., :length],
-                batch.observed_BCL[..., :length],
-                series_BCN=batch.series_BCN,
-                is_covariate_BC=batch.is_covariate_BC,
-            )
+            return self._wrapped(**self.model.arguments(batch))
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         """Add gradients; ranks exchange them with the last micro-batch only."""

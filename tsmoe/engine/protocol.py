@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from tsmoe.batch import WindowBatch
 from tsmoe.checkpoint.elastic import Snapshot, StateReader
-from tsmoe.models.output import ModelOutput
-from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.ranks import Ranks
 
 
@@ -30,11 +28,11 @@ class Engine(Protocol):
     `backward` is this rank's share times the number of ranks. Every method is collective.
     """
 
-    model: TimeTracker
+    model: Any  # whichever model the run is of: its objective knows
     """The bare model, whose parameter names are the same in every engine."""
     ranks: Ranks
 
-    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> ModelOutput:
+    def forward(self, batch: WindowBatch, *, last_micro_batch: bool) -> Any:
         """Run the model on the context of the batch's windows; `backward` must follow."""
         ...
 

@@ -145,6 +145,7 @@ def _learned(run: FinetuneRun, step: int) -> TimeTracker:
     add = partial(insert_low_rank, config=trainable.low_rank, seed=run.seed)
     prepare = add if trainable.trains == "low_rank" else None
     model = model_from_checkpoint(checkpoint, meta, prepare=prepare)
+    assert isinstance(model, TimeTracker), "a run of this stage holds no other"
     merge_low_rank(model)
     return model.requires_grad_(True).eval()
 

@@ -12,7 +12,7 @@ from tsmoe.errors import ConfigError
 from tsmoe.finetune.guard import StoppingConfig
 from tsmoe.finetune.trainable import TrainableConfig
 from tsmoe.losses import ErrorUnit
-from tsmoe.models import ModelConfig
+from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.nn.variate_graph import VariateGraphConfig
 from tsmoe.train.run_config import (
     FINE_TUNING,
@@ -135,7 +135,7 @@ class FinetuneConfig(Section):
     """Folder of the run."""
     start: str | None = None
     """Package, run folder or checkpoint that training starts from; null: from scratch."""
-    model: ModelConfig | None = None
+    model: TimeTrackerConfig | None = None
     """The model to train from scratch; null where `start` brings one."""
     table: TableConfig
     seed: int = 0
@@ -183,7 +183,7 @@ class FinetuneRun:
     """A configuration and the model that its start brings: what engines are built from."""
 
     config: FinetuneConfig
-    model: ModelConfig
+    model: TimeTrackerConfig
 
     @property
     def run(self) -> str:

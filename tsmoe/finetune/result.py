@@ -24,10 +24,11 @@ from tsmoe.evaluate.protocol import iterate_windows
 from tsmoe.finetune.choice import Choice, choose
 from tsmoe.finetune.config import FinetuneRun
 from tsmoe.finetune.guard import Guard
+from tsmoe.finetune.order import uniformly_spaced
 from tsmoe.finetune.start import Start
 from tsmoe.finetune.table import SplitTable
 from tsmoe.finetune.validation import Validation
-from tsmoe.finetune.windows import context_rows, uniformly_spaced
+from tsmoe.finetune.windows import context_rows
 from tsmoe.inference import Forecaster
 from tsmoe.ranks import Ranks
 from tsmoe.report.graph import GRAPH, VariateLinks, graph_picture, write_graph

@@ -16,15 +16,15 @@ from tsmoe.checkpoint.package import CARD_FILE, load_package, model_from_checkpo
 from tsmoe.checkpoint.resume import open_checkpoint
 from tsmoe.errors import CheckpointError, ConfigError
 from tsmoe.finetune.config import FinetuneConfig, FinetuneRun
-from tsmoe.models import ModelConfig, build_model
-from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.models import build_model
+from tsmoe.models.time_tracker import TimeTracker, TimeTrackerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """A model as it was before fine-tuning, whole, on the CPU."""
 
-    model: ModelConfig
+    model: TimeTrackerConfig
     state: dict[str, Tensor]
     """Weights and buffers by name."""
     card: dict[str, Any]
@@ -86,6 +86,11 @@ def open_start(path: str) -> Start:
             )
         model = model_from_checkpoint(checkpoint, meta)
         card = {"step": meta.step, "checkpoint": str(checkpoint)}
+    if not isinstance(model, TimeTracker):
+        raise CheckpointError(
+            f"model={path}: holds a {model.config.type}, which is trained from scratch for its "
+            "tasks; start from a package of time_tracker"
+        )
     return Start(model=model.config, state=model.state_dict(), card=card)
 
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from tsmoe.errors import DataError
 from tsmoe.evaluate.protocol import WindowBlock, iterate_windows
 from tsmoe.finetune.config import FinetuneRun
+from tsmoe.finetune.order import share_of_rank, uniformly_spaced
 from tsmoe.finetune.table import SplitTable
-from tsmoe.finetune.windows import context_rows, uniformly_spaced
+from tsmoe.finetune.windows import context_rows
 from tsmoe.inference import Forecaster
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.nn.matmul import exact_onednn_matmul
@@ -71,9 +72,7 @@ class Validation:
         borders, config = self.split.borders, self.run.config
         count = borders.validation_end - borders.train_end - config.table.prediction_length + 1
         places = uniformly_spaced(count, config.stopping.max_windows)
-        each = -(-len(places) // self.ranks.size)
-        own = np.arange(each) + each * self.ranks.rank
-        return places[np.minimum(own, len(places) - 1)], own < len(places)
+        return share_of_rank(places, rank=self.ranks.rank, ranks=self.ranks.size)
 
     def _windows(self, places_B: NDArray[np.int64]) -> Iterator[WindowBlock]:
         return iterate_windows(

@@ -14,25 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tsmoe.batch import WindowBatch
 from tsmoe.errors import DataError
 from tsmoe.finetune.config import FinetuneRun
+from tsmoe.finetune.order import (
+    Integers,
+    ShuffledOrder,
+    micro_batch_positions,
+    uniformly_spaced,
+)
 from tsmoe.finetune.table import SplitTable
 from tsmoe.ranks import Ranks
-
-Integers = NDArray[np.int64]
-
-
-def uniformly_spaced(count: int, wanted: int) -> Integers:
-    """Return places of `wanted` of `count` windows, or of all, evenly from the first on.
-
-    Source: few-shot windows of Timer (arXiv 2402.02368), `index * floor(1 / ratio)`. Departure:
-    rounded window by window, so that shares that divide nothing reach the end of the part as well.
-    """
-    wanted = min(wanted, count)
-    return np.arange(wanted, dtype=np.int64) * count // max(1, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +97,7 @@ class TableWindows:
             ((geometry.before, geometry.after + geometry.patch_length), (0, 0)),
             constant_values=np.nan,
         )
-        self._permutation: tuple[int, Integers] | None = None
+        self._order = ShuffledOrder(len(self._choices), run.seed)
 
     @property
     def num_windows(self) -> int:
@@ -114,24 +107,16 @@ class TableWindows:
     def micro_batches(self, step: int, ranks: Ranks) -> list[WindowBatch]:
         """Return this rank's micro-batches of a step."""
         training = self._run.training
-        passes = training.gradient_accumulation_steps(ranks.size)
-        first = step * training.global_batch_size
-        per_pass = training.micro_batch_size * ranks.size
-        batches = []
-        for number in range(passes):
-            begin = first + number * per_pass + ranks.rank * training.micro_batch_size
-            items = self._items(np.arange(begin, begin + training.micro_batch_size))
-            batches.append(self._cut(items, step).to(ranks.device))
-        return batches
-
-    def _items(self, positions: Integers) -> Integers:
-        """Return which window stands at each place of the order; each epoch is shuffled anew."""
-        epochs, places = np.divmod(positions, self.num_windows)
-        items = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            is_here = epochs == epoch
-            items[is_here] = self._shuffled(int(epoch))[places[is_here]]
-        return self._choices[items]
+        return [
+            self._cut(self._choices[self._order.items(positions)], step).to(ranks.device)
+            for positions in micro_batch_positions(
+                step,
+                rank=ranks.rank,
+                ranks=ranks.size,
+                micro_batch_size=training.micro_batch_size,
+                global_batch_size=training.global_batch_size,
+            )
+        ]
 
     def _with_targets(self) -> Integers:
         """Return the windows of which something can be learned, by origin and, unmixed, variate."""
@@ -144,12 +129,6 @@ class TableWindows:
         counts_OC = recorded_LC[self.origins + geometry.prediction_length] - recorded_LC[first_O]
         counts = counts_OC.sum(axis=1) if self.is_mixed else counts_OC.ravel()
         return np.flatnonzero(counts)
-
-    def _shuffled(self, epoch: int) -> Integers:
-        if self._permutation is None or self._permutation[0] != epoch:
-            generator = np.random.default_rng((self._run.seed, epoch))
-            self._permutation = (epoch, generator.permutation(self.num_windows))
-        return self._permutation[1]
 
     def _cut(self, items: Integers, step: int) -> WindowBatch:
         if not self.is_mixed:

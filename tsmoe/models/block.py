@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tsmoe.config import Section
 from tsmoe.moe.layer import ExpertFactory, MoEConfig, MoELayer
 from tsmoe.moe.replay import RoutingRecord
-from tsmoe.moe.routing import Routing
+from tsmoe.moe.routing import RouterState, Routing
 from tsmoe.nn.attention import AnyVariateAttention
 from tsmoe.nn.feed_forward import SwiGLU
 from tsmoe.nn.rms_norm import RMSNorm
@@ -71,11 +71,11 @@ class Block(nn.Module):
         self,
         tokens_BCND: Tensor,
         adjacency_BCC: Tensor | None,
-        state: Tensor | None,
+        state: RouterState | None,
         *,
         spans: SeriesSpans | None = None,
         record: RoutingRecord | None = None,
-    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+    ) -> tuple[Tensor, Routing | None, RouterState | None]:
         """Return tokens, the routing (None for a dense block) and the router's state.
 
         `spans` keep the series of a packed window apart; a `record` is for passes that will be

@@ -29,3 +29,15 @@ class ModelOutput:
     """Of packed windows; what is predicted by tokens of no series has no meaning."""
     graph: Graph | None = None
     """Of the variates of each window, where layers mix them by a graph of the model's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOutput:
+    """The answer of a supervised model to one task."""
+
+    prediction: Tensor
+    """Points in the unit of the values, by window, variate and step, or logits of classes."""
+    tokens_BCND: Tensor
+    """Of the last layer: what the head saw."""
+    routings: tuple[Routing, ...]
+    """One per expert layer, first layer first."""

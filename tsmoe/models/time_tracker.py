@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tsmoe.batch import WindowBatch
 from tsmoe.config import Section
 from tsmoe.heads import HeadConfig, PointHeadConfig, build_head
 from tsmoe.models.block import Block, FeedForwardConfig
@@ -21,7 +22,8 @@ from tsmoe.moe.experts import Experts
 from tsmoe.moe.layer import ExpertFactory, MoEConfig, MoELayer
 from tsmoe.moe.replay import RoutingRecord
 from tsmoe.moe.routers import AnyRouter
-from tsmoe.moe.routing import Routing
+from tsmoe.moe.routers.recurrent import share_memory
+from tsmoe.moe.routing import RouterState, Routing
 from tsmoe.nn.instance_norm import InstanceNormConfig, instance_statistics, packed_statistics
 from tsmoe.nn.patch import PatchEmbedding, cut_patches, patch_ends
 from tsmoe.nn.rms_norm import RMSNorm
@@ -147,6 +149,7 @@ class TimeTracker(nn.Module):
             self.output_norm = RMSNorm(config.d_model)
             self.head = build_head(config.head, config.d_model, config.patch_length)
             self._initialise()
+            share_memory(self.routers())
 
     def forward(
         self,
@@ -196,7 +199,7 @@ class TimeTracker(nn.Module):
         normalised_BCNP = torch.where(observed_BCNP, normalised_BCNP, 0)
         tokens_BCND = self.embed(normalised_BCNP.to(self.embed.values.weight.dtype), observed_BCNP)
         routings: list[Routing] = []
-        state: Tensor | None = None
+        state: RouterState | None = None
         first_mixed = self.config.num_layers - self.config.num_channel_mixed_layers
         for layer, block in enumerate(self.blocks):
             seen_BCC = adjacency_BCC if layer >= first_mixed else None
@@ -245,6 +248,16 @@ class TimeTracker(nn.Module):
             return adjacency_BCC, None
         graph: Graph = self.variate_graph(values_BCL, observed_BCL, is_covariate_BC)
         return graph.adjacency_BCC, graph
+
+    def arguments(self, batch: WindowBatch) -> dict[str, Tensor | None]:
+        """Return what `forward` takes of a training batch: the context of its windows."""
+        length = self.config.context_length
+        return {
+            "values_BCL": batch.values_BCL[..., :length],
+            "observed_BCL": batch.observed_BCL[..., :length],
+            "series_BCN": batch.series_BCN,
+            "is_covariate_BC": batch.is_covariate_BC,
+        }
 
     def routers(self) -> list[AnyRouter]:
         """Routers of the expert layers, in the order of `ModelOutput.routings`."""

@@ -16,7 +16,7 @@ from tsmoe.moe.experts import ExpertCompute, Experts
 from tsmoe.moe.plan import plan_dispatch
 from tsmoe.moe.replay import RoutingRecord
 from tsmoe.moe.routers import RouterConfig, SequenceRouterConfig, build_router
-from tsmoe.moe.routing import Routing
+from tsmoe.moe.routing import RouterState, Routing
 from tsmoe.nn.feed_forward import SwiGLU
 from tsmoe.nn.spans import SeriesSpans
 
@@ -116,11 +116,11 @@ class MoELayer(nn.Module):
     def forward(
         self,
         tokens_BCND: Tensor,
-        state: Tensor | None,
+        state: RouterState | None,
         *,
         spans: SeriesSpans | None = None,
         record: RoutingRecord | None = None,
-    ) -> tuple[Tensor, Routing, Tensor | None]:
+    ) -> tuple[Tensor, Routing, RouterState | None]:
         """Return the layer's output, its routing, and the router's state for the next layer.
 
         A `record` of an earlier pass over the same tokens replaces the decision.

@@ -1,7 +1,7 @@
 """What a router decides, as a value that travels with the step.
 
-Shapes: B windows, C variates, N patches, K experts per token, E routed experts; 1 kept for
-broadcasting.
+Shapes: B windows, C variates, N patches, K experts per token, E routed experts, R width of a
+router's memory; 1 kept for broadcasting.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Routing:
     exceeds that of the best that was not chosen, on average over decisions; NaN without either."""
     is_token_BCN: Tensor | None = None
     """bool, of packed windows: tokens of no series reach no routed expert. None: all do."""
+    router_scores_BCNE: Tensor | None = None
+    """Equal to the scores, with a gradient that reaches the router and nothing before it: for
+    losses that are to move the router alone. While training, by routers that score by softmax."""
 
     @property
     def decision(self) -> Decision:
@@ -53,6 +56,16 @@ class Routing:
         return Decision(
             expert_ids_BCNK=self.expert_ids_BCNK, load_E=self.load_E, margin=self.margin
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterState:
+    """What the router of a layer hands to that of the next."""
+
+    hidden_XR: Tensor | None = None
+    """Memory of every token, float32; None before the first layer. X = tracks * B * C * N."""
+    task_B11R: Tensor | None = None
+    """What the model tells its routers of the task, in every layer; None: nothing."""
 
 
 class Router(Protocol):
@@ -68,10 +81,10 @@ class Router(Protocol):
     def forward(
         self,
         tokens_BCND: Tensor,
-        state: Tensor | None,
+        state: RouterState | None,
         *,
         spans: SeriesSpans | None = None,
         decision: Decision | None = None,
-    ) -> tuple[Routing, Tensor | None]:
+    ) -> tuple[Routing, RouterState | None]:
         """Route normalised tokens; with a `decision`, only weigh what it chose."""
         ...

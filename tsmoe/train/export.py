@@ -16,7 +16,7 @@ from tsmoe.checkpoint.layout import CheckpointMeta
 from tsmoe.checkpoint.package import model_from_checkpoint, save_package
 from tsmoe.checkpoint.resume import open_checkpoint
 from tsmoe.errors import CheckpointError
-from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.models import Model
 from tsmoe.moe.layer import MoEConfig
 
 _CARD_SECTIONS = ("training", "optimizer", "schedule", "balance", "data", "engine", "seed")
@@ -40,7 +40,7 @@ def export_package(checkpoint: Path, package: Path) -> dict[str, Any]:
     return card
 
 
-def _card(model: TimeTracker, meta: CheckpointMeta, folder: Path) -> dict[str, Any]:
+def _card(model: Model, meta: CheckpointMeta, folder: Path) -> dict[str, Any]:
     config = meta.config
     steps = meta.step
     return {
@@ -64,7 +64,7 @@ def _card(model: TimeTracker, meta: CheckpointMeta, folder: Path) -> dict[str, A
     }
 
 
-def _count(model: TimeTracker) -> dict[str, int]:
+def _count(model: Model) -> dict[str, int]:
     """Count parameters, in all and those that a token passes."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     routed = sum(sizes[name] for name in expert_parameters(model))

@@ -32,6 +32,7 @@ from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
 from tsmoe.errors import CheckpointError, TrainingError
 from tsmoe.ranks import CommunicationMeter, Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.open_data import RunData, check_stream, open_data, open_source
 from tsmoe.train.order_check import check_same_order
 from tsmoe.train.record import RunRecord
@@ -235,8 +236,9 @@ def _step(
         step=step,
         lr=learning_rate(step, steps=steps, peak=config.optimizer.lr, config=config.schedule),
         balance_rate=balance_rate(step, steps=steps, config=config.balance),
-        error_unit=config.training.error_unit,
-        target_clip=config.training.target_clip,
+        objective=NextPatchObjective(
+            error_unit=config.training.error_unit, target_clip=config.training.target_clip
+        ),
         series_name=corpus.item_id,
         flags=flags,
         telemetry=telemetry,
@@ -247,8 +249,9 @@ def _validate(config: RunConfig, engine: Engine, batches: list[WindowBatch]) -> 
     return validation_loss(
         engine,
         batches,
-        error_unit=config.training.error_unit,
-        target_clip=config.training.target_clip,
+        objective=NextPatchObjective(
+            error_unit=config.training.error_unit, target_clip=config.training.target_clip
+        ),
     )
 
 

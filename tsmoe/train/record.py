@@ -12,7 +12,7 @@ from tsmoe.moe.routers import AnyRouter
 from tsmoe.ranks import Ranks
 from tsmoe.train.metrics import MetricsWriter, load_biases
 from tsmoe.train.progress import TrainingProgress
-from tsmoe.train.run_config import TrainingConfig
+from tsmoe.train.run_config import LoopConfig
 from tsmoe.train.step import StepReport
 from tsmoe.train.throughput import Peak, find_peak, throughput
 
@@ -25,7 +25,7 @@ class RecordedRun(Protocol):
     @property
     def model(self) -> ModelConfig: ...
     @property
-    def training(self) -> TrainingConfig: ...
+    def training(self) -> LoopConfig: ...
 
 
 class RunRecord:

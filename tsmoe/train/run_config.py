@@ -19,7 +19,6 @@ from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.engine.plain_engine import Precision
 from tsmoe.errors import ConfigError
 from tsmoe.losses import ErrorUnit
-from tsmoe.models import ModelConfig
 from tsmoe.models.block import FeedForwardConfig
 from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
@@ -29,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(Section):
-    """Sizes and cadence of the training loop."""
+class LoopConfig(Section):
+    """Sizes and cadence of a training loop."""
 
     steps: int = 1000
     """Optimizer steps of the whole run."""
@@ -44,10 +43,6 @@ class TrainingConfig(Section):
     compiles_blocks: bool = False
     """Compile attention, norms and shared networks when training begins, by torch.compile. It takes
     a C++ compiler on CPU and pays in long runs (measured: benchmarks/compile.py)."""
-    error_unit: ErrorUnit = "window"
-    """Errors are measured in the scale that the predicting `token` knows, or the `window`'s."""
-    target_clip: float = 10.0
-    """Normalised targets are clipped to this many scales in the loss."""
     validate_every_steps: int = 100
     log_every_steps: int = 10
     """Steps between lines of the log and points of tensorboard; metrics.jsonl has every step."""
@@ -61,15 +56,27 @@ class TrainingConfig(Section):
                      "log_every_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.target_clip <= 0 or self.timeout_seconds <= 0:
-            raise ValueError(
-                f"target_clip ({self.target_clip}) and timeout_seconds ({self.timeout_seconds}) "
-                "must be above 0"
-            )
+        if self.timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds ({self.timeout_seconds}) must be above 0")
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Passes of each rank per optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(LoopConfig):
+    """The loop of models that predict the next patch."""
+
+    error_unit: ErrorUnit = "window"
+    """Errors are measured in the scale that the predicting `token` knows, or the `window`'s."""
+    target_clip: float = 10.0
+    """Normalised targets are clipped to this many scales in the loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_clip <= 0:
+            raise ValueError(f"target_clip ({self.target_clip}) must be above 0")
 
 
 # Settings of `data` that a stream heeds too; all others speak of a corpus.
@@ -88,7 +95,7 @@ class RunConfig(Section):
     """Train on a data set of the hub as it comes, in place of a corpus. Given over a preset or file
     with a corpus it takes its place, and the other way round; both at once are refused."""
     seed: int = 0
-    model: ModelConfig = field(default_factory=TimeTrackerConfig)
+    model: TimeTrackerConfig = field(default_factory=TimeTrackerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -160,7 +167,7 @@ class RunConfig(Section):
         return ranks_that_share_experts(self.engine, self.model.feed_forward, world_size)
 
 
-def check_batches(training: TrainingConfig, world_size: int) -> None:
+def check_batches(training: LoopConfig, world_size: int) -> None:
     """Check that all ranks can share the global batch equally.
 
     Raises:
@@ -207,7 +214,7 @@ def ranks_that_share_experts(
     return size
 
 
-def _fitting_sizes(training: TrainingConfig, world_size: int) -> str:
+def _fitting_sizes(training: LoopConfig, world_size: int) -> str:
     """Say which batch sizes would fit so many ranks."""
     windows, per_pass = training.global_batch_size, training.micro_batch_size * world_size
     nearest = max(1, round(windows / per_pass)) * per_pass

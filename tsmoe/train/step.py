@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from torch import Tensor
 from tsmoe.batch import WindowBatch
 from tsmoe.engine.protocol import Engine
 from tsmoe.errors import TrainingError
-from tsmoe.losses import ErrorUnit, LossTerms, next_patch_loss, target_patches
-from tsmoe.models.time_tracker import TimeTracker
+from tsmoe.losses import LossTerms
 from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.nn.spans import NO_SERIES
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import Objective
 from tsmoe.train.telemetry import StepCost, StepTelemetry
 
 # How many series an error names.
@@ -33,6 +34,8 @@ class StepReport:
 
     loss: float
     """Mean over all points that counted, of all ranks and micro-batches."""
+    regulariser: float = 0.0
+    """What was added to the loss, such as one that balances experts; 0 where there is none."""
     num_points: int
     """Recorded points of the batch that were forecast, each counted once."""
     num_tokens: int
@@ -59,8 +62,7 @@ def training_step(
     step: int,
     lr: float,
     balance_rate: float,
-    error_unit: ErrorUnit,
-    target_clip: float,
+    objective: Objective,
     series_name: Callable[[int], str],
     flags: Sequence[bool] = (),
     telemetry: StepTelemetry | None = None,
@@ -76,8 +78,7 @@ def training_step(
         step: number of the step, for errors and random numbers.
         lr: learning rate of the step.
         balance_rate: how far the load bias moves after it.
-        error_unit: see `next_patch_loss`.
-        target_clip: see there.
+        objective: what is to be minimised.
         series_name: names a series of the corpus in an error.
         flags: small facts of this rank that all want to know; they ride on a sum made anyway.
         telemetry: measures the step; what the step before cost rides along.
@@ -86,13 +87,11 @@ def training_step(
         TrainingError: if loss or gradient is not finite; parameters are those before the step.
     """
     ranks = engine.ranks
-    targets = [_targets(engine.model, batch) for batch in micro_batches]
-    counts = ranks.sum(_counts(engine.model, micro_batches, targets, ranks.device))
+    counts = ranks.sum(_counts(engine.model, micro_batches, objective, ranks.device))
     with exact_onednn_matmul(ranks.device):
         sums = _forward_and_backward(
-            engine, micro_batches, targets, num_targets=counts[0], error_unit=error_unit,
-            target_clip=target_clip, telemetry=telemetry,
-        )  # fmt: skip
+            engine, micro_batches, objective, num_targets=counts[0], telemetry=telemetry
+        )
     totals = _sum_over_ranks(ranks, counts, sums, flags=flags, telemetry=telemetry)
     if totals.num_targets == 0:
         raise TrainingError(
@@ -109,6 +108,7 @@ def training_step(
             router.balance.update(load_E, rate=balance_rate)
     return StepReport(
         loss=totals.error / totals.num_targets,
+        regulariser=totals.regulariser,
         num_points=totals.num_points,
         num_tokens=totals.num_tokens,
         num_sequences=totals.num_sequences,
@@ -130,6 +130,8 @@ class _PassSums:
     load_ME: Tensor
     margin_M: Tensor
     """float64: the sum over decisions."""
+    regulariser: Tensor
+    """float64, a scalar: this rank's share of what is added to the mean error."""
     terms: list[LossTerms]
     """Detached, of each micro-batch."""
 
@@ -137,11 +139,9 @@ class _PassSums:
 def _forward_and_backward(
     engine: Engine,
     micro_batches: Sequence[WindowBatch],
-    targets: Sequence[tuple[Tensor, Tensor]],
+    objective: Objective,
     *,
     num_targets: Tensor,
-    error_unit: ErrorUnit,
-    target_clip: float,
     telemetry: StepTelemetry | None,
 ) -> _PassSums:
     """Pass each micro-batch forward and backward; nothing here waits for the device."""
@@ -152,20 +152,20 @@ def _forward_and_backward(
     load_ME = _no_load(engine.model, ranks.device)
     margin_M = torch.zeros(len(load_ME), dtype=torch.float64, device=ranks.device)
     terms: list[LossTerms] = []
-    for number, (batch, (target, is_target)) in enumerate(zip(micro_batches, targets, strict=True)):
+    regulariser = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for number, batch in enumerate(micro_batches):
         is_last = number == len(micro_batches) - 1
         if telemetry is not None:
             telemetry.forward_begins()
         output = engine.forward(batch, last_micro_batch=is_last)
-        term = next_patch_loss(
-            engine.model.head,
-            output,
-            target,
-            is_target,
-            error_unit=error_unit,
-            target_clip=target_clip,
-        )
-        engine.backward(term.error_B.sum() * weight, last_micro_batch=is_last)
+        term = objective.loss(engine.model, output, batch, ranks=ranks)
+        loss = term.error_B.sum() * weight
+        if term.regulariser is not None:
+            # A mean of its own already: over ranks a sum is wanted, over micro-batches the mean.
+            share = term.regulariser / len(micro_batches)
+            loss = loss + share * ranks.size
+            regulariser += share.detach()
+        engine.backward(loss, last_micro_batch=is_last)
         if telemetry is not None:
             telemetry.backward_ended()
         error_sum += term.error_B.detach().sum(dtype=torch.float64)
@@ -174,8 +174,14 @@ def _forward_and_backward(
             decisions = routing.load_E.sum()
             # Without decisions there is no margin, which must not spoil that of other ranks.
             margin_M[layer] += torch.where(decisions > 0, routing.margin * decisions, 0)
-        terms.append(replace(term, error_B=term.error_B.detach()))
-    return _PassSums(error=error_sum, load_ME=load_ME, margin_M=margin_M, terms=terms)
+        terms.append(replace(term, error_B=term.error_B.detach(), regulariser=None))
+    return _PassSums(
+        error=error_sum,
+        load_ME=load_ME,
+        margin_M=margin_M,
+        regulariser=regulariser,
+        terms=terms,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +193,7 @@ class _Totals:
     num_tokens: int
     num_sequences: int
     error: float
+    regulariser: float
     load_ME: Tensor
     margin_M: Tensor
     flags: tuple[int, ...]
@@ -205,11 +212,14 @@ def _sum_over_ranks(
     riding = telemetry.of_step_before() if telemetry is not None else []
     extra = torch.tensor([*map(float, flags), *riding], dtype=torch.float64)
     # float64 keeps counts exact.
-    parts = (sums.error[None], sums.load_ME.flatten().double(), sums.margin_M,
+    own = torch.stack((sums.error, sums.regulariser))
+    parts = (own, sums.load_ME.flatten().double(), sums.margin_M,
              extra.to(ranks.device))  # fmt: skip
     summed = ranks.sum(torch.cat(parts))
     on_host = torch.cat((counts, summed)).cpu()
-    numbers, (error,), load, margin_M, extra = on_host.split([len(counts), *map(len, parts)])
+    numbers, (error, regulariser), load, margin_M, extra = on_host.split(
+        [len(counts), *map(len, parts)]
+    )
     num_targets, num_points, num_tokens, num_sequences = map(int, numbers)
     load_ME = load.long().reshape(sums.load_ME.shape)
     return _Totals(
@@ -218,6 +228,7 @@ def _sum_over_ranks(
         num_tokens=num_tokens,
         num_sequences=num_sequences,
         error=error.item(),
+        regulariser=regulariser.item(),
         load_ME=load_ME,
         margin_M=margin_M / load_ME.sum(-1),
         flags=tuple(map(int, extra[: len(flags)])),
@@ -226,67 +237,38 @@ def _sum_over_ranks(
 
 
 def _counts(
-    model: TimeTracker,
+    model: Any,  # as the objective takes it
     micro_batches: Sequence[WindowBatch],
-    targets: Sequence[tuple[Tensor, Tensor]],
+    objective: Objective,
     device: torch.device,
 ) -> Tensor:
-    """Count this rank's targets, points, tokens and sequences, as float64.
-
-    Where patches overlap, a point is the target of several tokens.
-    """
-    after_first_patch = slice(model.config.patch_length, None)
+    """Count this rank's targets, points, tokens and sequences, as float64."""
     counts = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch, (_, is_target_BCNP) in zip(micro_batches, targets, strict=True):
-        counts[0] += is_target_BCNP.sum()
-        counts[1] += batch.is_target_BCL[..., after_first_patch].sum()
-        if batch.series_BCN is None:
-            counts[2] += is_target_BCNP.shape[:3].numel()
-        else:
-            counts[2] += (batch.series_BCN != NO_SERIES).sum()
-        counts[3] += is_target_BCNP.shape[:2].numel()
+    for batch in micro_batches:
+        counts += objective.count(model, batch).as_tensor(device)
     return counts
 
 
 @torch.no_grad()
 def validation_loss(
-    engine: Engine, batches: Sequence[WindowBatch], *, error_unit: ErrorUnit, target_clip: float
+    engine: Engine, batches: Sequence[WindowBatch], *, objective: Objective
 ) -> float:
     """Return the mean loss over the points of all ranks' batches. Collective."""
     ranks = engine.ranks
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     engine.model.eval()
     for batch in batches:
-        target, is_target = _targets(engine.model, batch)
         # Not engine.forward: an engine's forward prepares a backward pass that will not come.
-        length = engine.model.config.context_length
         with exact_onednn_matmul(ranks.device):
-            output = engine.model(
-                batch.values_BCL[..., :length],
-                batch.observed_BCL[..., :length],
-                series_BCN=batch.series_BCN,
-                is_covariate_BC=batch.is_covariate_BC,
-            )
-        term = next_patch_loss(
-            engine.model.head,
-            output,
-            target,
-            is_target,
-            error_unit=error_unit,
-            target_clip=target_clip,
-        )
+            output = engine.model(**engine.model.arguments(batch))
+        term = objective.loss(engine.model, output, batch, ranks=ranks)
         sums += torch.stack((term.error_B.sum(dtype=torch.float64), term.count_B.sum().double()))
     engine.model.train()
     error, count = ranks.sum(sums).tolist()
     return error / count if count else float("nan")
 
 
-def _targets(model: TimeTracker, batch: WindowBatch) -> tuple[Tensor, Tensor]:
-    config = model.config
-    return target_patches(batch, patch_length=config.patch_length, patch_stride=config.patch_stride)
-
-
-def _no_load(model: TimeTracker, device: torch.device) -> Tensor:
+def _no_load(model: Any, device: torch.device) -> Tensor:
     biases = [router.balance.bias_E for router in model.routers()]
     num_experts = len(biases[0]) if biases else 0
     return torch.zeros(len(biases), num_experts, dtype=torch.int64, device=device)
@@ -296,6 +278,8 @@ def _mean_errors(batch: WindowBatch, term: LossTerms) -> tuple[Tensor, Tensor]:
     """Return number and mean error of each series, once for each window that it has a part in."""
     if batch.series_BCN is None:
         return batch.series_ids_B, term.error_B / term.count_B.clamp(min=1)
+    assert term.error_BCN is not None, "who packs windows tells of tokens"
+    assert term.count_BCN is not None
     window_BCN = torch.arange(batch.num_windows, device=batch.series_BCN.device)[:, None, None]
     keys_BCN2 = torch.stack((window_BCN.expand_as(batch.series_BCN), batch.series_BCN), dim=-1)
     keys_G2, group_T = keys_BCN2.flatten(0, 2).unique(dim=0, return_inverse=True)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from tsmoe.cost import measure_gemm_rate, peak_flops, training_flops
-from tsmoe.models.time_tracker import TimeTrackerConfig
+from tsmoe.cost import encoder_flops, measure_gemm_rate, peak_flops, training_flops
+from tsmoe.models import ModelConfig
+from tsmoe.models.patch_moe import PatchMoEConfig
 from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.nn.patch import num_patches
 from tsmoe.ranks import Ranks
@@ -47,12 +48,14 @@ def find_peak(ranks: Ranks, precision: str) -> Peak:
     return Peak(flops_per_second=rate and rate * ranks.size, source=source)
 
 
-def step_flops(model: TimeTrackerConfig, report: StepReport) -> float:
+def step_flops(model: ModelConfig, report: StepReport) -> float:
     """Count the operations of a step over all ranks.
 
     Of packed windows the fill counts as computed, but for the routed experts, which it does not
     reach; attention counts as that of whole windows.
     """
+    if isinstance(model, PatchMoEConfig):
+        return encoder_flops(model, sequences=report.num_sequences).total
     flops = training_flops(model, windows=1)
     patches = num_patches(
         model.context_length, patch_length=model.patch_length, patch_stride=model.patch_stride
@@ -82,7 +85,7 @@ class Throughput:
 
 
 def throughput(
-    model: TimeTrackerConfig,
+    model: ModelConfig,
     report: StepReport,
     peak: Peak,
     *,

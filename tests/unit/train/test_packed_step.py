@@ -13,6 +13,7 @@ from tsmoe.errors import TrainingError
 from tsmoe.heads.point import PointHead
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.run_config import RunConfig
 from tsmoe.train.step import training_step
 
@@ -71,8 +72,7 @@ def step(engine: BareEngine, batches: list[WindowBatch]):
         step=5,
         lr=1e-3,
         balance_rate=0.0,
-        error_unit="window",
-        target_clip=10.0,
+        objective=NextPatchObjective(error_unit="window", target_clip=10.0),
         series_name=lambda number: f"series-{number}",
     )
 

@@ -7,6 +7,7 @@ import torch
 from tsmoe.batch import WindowBatch
 from tsmoe.engine.optimizer import OptimizerConfig, parameter_groups
 from tsmoe.ranks import Ranks
+from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.stages import prepare_pretraining
 from tsmoe.train.step import validation_loss
 
@@ -43,7 +44,10 @@ def test_validation_drops_nothing_and_training_goes_on_with_dropout(make_model) 
     )
     engine = SimpleNamespace(model=model, ranks=Ranks())
     losses = {
-        validation_loss(engine, [batch], error_unit="window", target_clip=10.0) for _ in range(3)
+        validation_loss(
+            engine, [batch], objective=NextPatchObjective(error_unit="window", target_clip=10.0)
+        )
+        for _ in range(3)
     }
     assert len(losses) == 1
     assert model.training

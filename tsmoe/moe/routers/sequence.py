@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tsmoe.config import Section
-from tsmoe.moe.assignment import count_choices
+from tsmoe.moe.routers.choice import choose_experts, weigh_chosen
 from tsmoe.moe.routers.load_bias import LoadBias
-from tsmoe.moe.routing import Decision, Routing
+from tsmoe.moe.routing import Decision, RouterState, Routing
 from tsmoe.nn.spans import SeriesSpans, mean_within
 
 
@@ -59,11 +59,11 @@ class SequenceRouter(nn.Module):
     def forward(
         self,
         tokens_BCND: Tensor,
-        state: Tensor | None,
+        state: RouterState | None,
         *,
         spans: SeriesSpans | None = None,
         decision: Decision | None = None,
-    ) -> tuple[Routing, Tensor | None]:
+    ) -> tuple[Routing, RouterState | None]:
         """Route; the state passes through untouched, as this router keeps none."""
         # bf16 affinities of neighbouring experts would tie; the product is small, so fp32 is cheap.
         with torch.autocast(tokens_BCND.device.type, enabled=False):
@@ -73,11 +73,7 @@ class SequenceRouter(nn.Module):
         if decision is None:
             decision = self._decide(scores_BCNE.detach(), spans)
         expert_ids_BCNK = decision.expert_ids_BCNK[:, :, : scores_BCNE.shape[2]]
-        chosen_BCNK = scores_BCNE.gather(-1, expert_ids_BCNK)
-        weights_BCNK = chosen_BCNK
-        if self.top_k > 1:
-            # A single weight renormalised would be 1 whatever the score: no gradient to the router.
-            weights_BCNK = chosen_BCNK / chosen_BCNK.sum(-1, keepdim=True)
+        weights_BCNK = weigh_chosen(scores_BCNE, expert_ids_BCNK)
         routing = Routing(
             expert_ids_BCNK=expert_ids_BCNK.expand(-1, -1, patches, -1),
             weights_BCNK=weights_BCNK.expand(-1, -1, patches, -1),
@@ -91,18 +87,14 @@ class SequenceRouter(nn.Module):
 
     def _decide(self, scores_BCNE: Tensor, spans: SeriesSpans | None) -> Decision:
         """Choose experts and count what was chosen."""
-        num_experts = scores_BCNE.shape[-1]
-        best = (scores_BCNE + self.balance.bias_E).topk(min(self.top_k + 1, num_experts), dim=-1)
-        expert_ids_BCNK = best.indices[..., : self.top_k]
-        counted, values = expert_ids_BCNK, best.values
+        is_counted_BCN = None
         if spans is not None:  # in sequence mode one decision for each series
             is_counted_BCN = spans.is_last() if self.mode == "sequence" else spans.is_token_BCN
-            counted, values = counted[is_counted_BCN], values[is_counted_BCN]
-        missed = values[..., self.top_k :]  # empty where all experts are chosen
-        return Decision(
-            expert_ids_BCNK=expert_ids_BCNK,
-            load_E=count_choices(counted, num_experts),
-            margin=(values[..., self.top_k - 1 : self.top_k] - missed).mean(),
+        return choose_experts(
+            scores_BCNE,
+            self.balance.bias_E,
+            top_k=self.top_k,
+            is_counted_BCN=is_counted_BCN,
         )
 
     def _pool(self, scores_BCNE: Tensor, spans: SeriesSpans | None) -> Tensor:

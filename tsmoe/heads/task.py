@@ -1,0 +1,121 @@
+"""Heads of supervised tasks: from the tokens of a window to a forecast, its points, or a class.
+
+Shapes: B windows, C variates, N patches, P patch length, Q prediction steps, D model width,
+Y classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tsmoe.config import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastHeadConfig(Section):
+    """All steps to forecast from all tokens of a variate."""
+
+    type: Literal["forecast"] = "forecast"
+    prediction_length: int = 96
+    dropout: float = 0.0
+    """On the tokens, while training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionHeadConfig(Section):
+    """The points of a patch from its token: for anomaly detection and imputation."""
+
+    type: Literal["reconstruction"] = "reconstruction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationHeadConfig(Section):
+    """A class from the tokens of all variates."""
+
+    type: Literal["classification"] = "classification"
+    num_classes: int = 2
+    num_variates: int = 1
+    """Variates of a window; each has weights of its own."""
+    dropout: float = 0.1
+    """On the pooled tokens, while training."""
+
+
+TaskHeadConfig = ForecastHeadConfig | ReconstructionHeadConfig | ClassificationHeadConfig
+
+
+class ForecastHead(nn.Module):
+    """Linear map from the flattened tokens of a variate (PatchTST, arXiv 2211.14730)."""
+
+    def __init__(self, config: ForecastHeadConfig, d_model: int, num_patches: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.project = nn.Linear(num_patches * d_model, config.prediction_length)
+
+    def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor) -> Tensor:  # noqa: ARG002
+        """Return prediction_BCQ in normalised units."""
+        return self.project(self.dropout(tokens_BCND.flatten(2)))
+
+
+class ReconstructionHead(nn.Module):
+    """Linear map from a token to the points of its own patch."""
+
+    def __init__(self, d_model: int, patch_length: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(d_model, patch_length)
+
+    def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the points of the window, of shape (B, C, N*P), in normalised units."""
+        return self.project(tokens_BCND).flatten(2)
+
+
+class ClassificationHead(nn.Module):
+    """Linear map from the mean and the maximum of each variate's tokens.
+
+    Ours: the mean says what there is, the maximum what there is somewhere; tokens of patches
+    without any observation count in neither, so that cases may differ in length.
+    """
+
+    def __init__(self, config: ClassificationHeadConfig, d_model: int) -> None:
+        super().__init__()
+        self.num_variates = config.num_variates
+        self.dropout = nn.Dropout(config.dropout)
+        self.project = nn.Linear(2 * config.num_variates * d_model, config.num_classes)
+
+    def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor) -> Tensor:
+        """Return logits_BY.
+
+        Raises:
+            ValueError: if windows have another number of variates than the head.
+        """
+        if tokens_BCND.shape[1] != self.num_variates:
+            raise ValueError(
+                f"windows have {tokens_BCND.shape[1]} variates, but the classification head was "
+                f"made for {self.num_variates}"
+            )
+        is_seen_BCN1 = is_seen_BCN[..., None]
+        count_BC1 = is_seen_BCN1.sum(2).clamp(min=1)
+        mean_BCD = torch.where(is_seen_BCN1, tokens_BCND, 0).sum(2) / count_BC1
+        most_BCD = tokens_BCND.masked_fill(~is_seen_BCN1, -torch.inf).amax(2)
+        most_BCD = torch.where(is_seen_BCN.any(-1, keepdim=True), most_BCD, 0)
+        pooled = torch.cat((mean_BCD, most_BCD), dim=-1).flatten(1)
+        return self.project(self.dropout(pooled))
+
+
+TaskHead = ForecastHead | ReconstructionHead | ClassificationHead
+
+
+def build_task_head(
+    config: TaskHeadConfig, *, d_model: int, num_patches: int, patch_length: int
+) -> TaskHead:
+    """Build the head that a config section describes."""
+    match config:
+        case ForecastHeadConfig():
+            return ForecastHead(config, d_model, num_patches)
+        case ReconstructionHeadConfig():
+            return ReconstructionHead(d_model, patch_length)
+        case ClassificationHeadConfig():
+            return ClassificationHead(config, d_model)

@@ -1,0 +1,279 @@
+"""Anomaly detection: what a model of the usual cannot reconstruct is unusual.
+
+Shapes: B windows, C variates, L rows of a recording, W steps of a window, N patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsmoe.batch import WindowBatch
+from tsmoe.errors import DataError
+from tsmoe.evaluate.anomaly_metrics import anomaly_scores, auc_roc, threshold_at
+from tsmoe.evaluate.protocol import fit_scaler
+from tsmoe.heads.task import ReconstructionHeadConfig
+from tsmoe.tasks.anomaly_data import Entity, labelled_in_train, read_anomaly_data
+from tsmoe.tasks.config import AnomalyTaskConfig
+from tsmoe.tasks.predictor import TaskPredictor
+from tsmoe.tasks.task import MODEL, TaskEvaluation
+from tsmoe.tasks.windows import Floats, Integers, WindowStore, generator_of, points_batch
+
+# What random numbers are drawn for.
+_TRAINING, _VALIDATION = 1, 2
+# Training windows begin at every row, validation windows each such part of a window further.
+_VALIDATION_STRIDES = 4
+
+
+class AnomalyTask:
+    """One model for all entities of a file, each scaled by its own train part.
+
+    Source: TAB and CATCH (METHODS of their papers): trained on the train part, each point scored by
+    its reconstruction error, nothing adjusted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: AnomalyTaskConfig,
+        path: str,
+        *,
+        context_length: int,
+        patch_length: int,
+        seed: int = 0,
+    ) -> None:
+        """Read the entities.
+
+        Raises:
+            DataError: if the train part holds labelled anomalies that are not to be left out, or is
+                too short.
+        """
+        self.name, self.config, self.source, self.seed = name, config, path, seed
+        self.context_length, self.patch_length = context_length, patch_length
+        self.loss_of_points = config.loss
+        self.data = read_anomaly_data(
+            path,
+            entity_column=config.entity_column,
+            label_column=config.label_column,
+            split_column=config.split_column,
+            time_column=config.time_column,
+            train_share=config.train_share,
+        )
+        labelled = labelled_in_train(self.data)
+        if labelled and not config.leaves_out_labelled:
+            raise DataError(
+                f"{path}: {labelled} rows of the train part are labelled as anomalies, which would "
+                f"be learned as usual; set tasks.{name}.leaves_out_labelled=true to learn from the "
+                "other rows alone, or give a train part without them"
+            )
+        self._scaled = [self._scale(entity) for entity in self.data.entities]
+        trains = [train_LC for train_LC, _ in self._scaled]
+        self._store = WindowStore(trains, lead=context_length)
+        train, validation = [], []
+        for number, train_LC in enumerate(trains):
+            border = int(len(train_LC) * (1 - config.validation_share))
+            train.append(self._starts(number, 0, border, step=1))
+            step = max(1, context_length // _VALIDATION_STRIDES)
+            validation.append(self._starts(number, border, len(train_LC), step=step))
+        self._train_M = self._recorded(np.concatenate(train))
+        self._validation_M = self._recorded(np.concatenate(validation))
+        self.num_train, self.num_validation = len(self._train_M), len(self._validation_M)
+        if not self.num_train or not self.num_validation:
+            raise DataError(f"{path}: nothing is recorded in the train part; there must be values")
+        self.fingerprint = self._store.fingerprint
+
+    def head(self) -> ReconstructionHeadConfig:
+        """Return the head that gives the points of each patch."""
+        return ReconstructionHeadConfig()
+
+    def training_batch(self, items: Integers, positions: Integers) -> WindowBatch:
+        """Cut training windows; patches that are hidden are drawn anew for each position."""
+        return self._batch(
+            self._train_M[items], [(_TRAINING, int(position)) for position in positions]
+        )
+
+    def validation_batch(self, places: Integers) -> WindowBatch:
+        """Cut validation windows; the same patches are hidden each time."""
+        return self._batch(
+            self._validation_M[places], [(_VALIDATION, int(place)) for place in places]
+        )
+
+    def series_name(self, number: int) -> str:
+        """Name an entity."""
+        return self.data.entities[number].name
+
+    def card(self) -> dict[str, Any]:
+        """Say what is watched, and how scores are made."""
+        return {
+            "type": "anomaly",
+            "variates": list(self.data.variates),
+            "hidden_share": self.config.hidden_share,
+            "flagged_share": self.config.flagged_share,
+        }
+
+    def evaluate(self, predictor: TaskPredictor) -> TaskEvaluation:
+        """Score each point of the test parts; the threshold is of the validation parts.
+
+        All entities count as one series (`tsmoe`); `entities` holds the AUC-ROC of those that have
+        both kinds of points.
+
+        Raises:
+            DataError: if no point of the test parts is labelled.
+        """
+        found, usual, labels = [], [], []
+        by_entity: dict[str, float | None] = {}
+        for entity, (train_LC, test_LC) in zip(self.data.entities, self._scaled, strict=True):
+            border = int(len(train_LC) * (1 - self.config.validation_share))
+            usual.append(self.scores(predictor, train_LC[border:]))
+            scores_L = self.scores(predictor, test_LC)
+            is_anomaly_L = entity.test_is_anomaly_L
+            found.append(scores_L)
+            labels.append(is_anomaly_L)
+            has_both = is_anomaly_L.any() and not is_anomaly_L.all()
+            by_entity[entity.name] = auc_roc(scores_L, is_anomaly_L) if has_both else None
+        threshold = threshold_at(np.concatenate(usual), self.config.flagged_share)
+        row = score_row(
+            MODEL, np.concatenate(found), np.concatenate(labels), threshold, self.source
+        )
+        known = [value for value in by_entity.values() if value is not None]
+        row["mean_entity_auc_roc"] = math.fsum(known) / len(known) if known else None
+        return TaskEvaluation(
+            task="anomaly",
+            data=self.source,
+            facts={
+                "context": self.context_length,
+                "points": sum(map(len, found)),
+                "entities_of_test": len(found),
+            },
+            results=[row],
+            tables={"entities": by_entity},
+        )
+
+    def scores(self, predictor: TaskPredictor, values_LC: Floats) -> NDArray[np.float64]:
+        """Return the score of each row of a recording; see `reconstruction_scores`."""
+        return reconstruction_scores(
+            predictor,
+            self.name,
+            values_LC,
+            patch_length=self.patch_length,
+            hidden_share=self.config.hidden_share,
+        )
+
+    def _scale(self, entity: Entity) -> tuple[Floats, Floats]:
+        train_LC = entity.train_LC
+        if entity.train_is_anomaly_L is not None:
+            train_LC = np.where(entity.train_is_anomaly_L[:, None], np.nan, train_LC)
+        # A variate of which one entity records nothing stays empty there.
+        is_known_C = np.isfinite(train_LC).any(axis=0)
+        if not is_known_C.any():
+            raise DataError(
+                f"{self.source}, entity {entity.name}: nothing is recorded in its train part; "
+                "leave the entity out"
+            )
+        names = tuple(
+            name for name, is_known in zip(self.data.variates, is_known_C, strict=True) if is_known
+        )
+        where = f"{self.source}, entity {entity.name}"
+        scaler = fit_scaler(train_LC[:, is_known_C], names, path=where)
+        parts = []
+        for values_LC in (train_LC, entity.test_LC):
+            scaled_LC = np.full(values_LC.shape, np.nan, np.float32)
+            scaled_LC[:, is_known_C] = scaler.scale(values_LC[:, is_known_C])
+            parts.append(scaled_LC)
+        return parts[0], parts[1]
+
+    def _starts(self, number: int, first: int, end: int, *, step: int) -> Integers:
+        """Return windows that end in some rows; a part shorter than a window gives one."""
+        last = end - self.context_length
+        return self._store.starts(number, min(first, last), last, step=step)
+
+    def _recorded(self, starts_M: Integers) -> Integers:
+        recorded_M = self._store.count_recorded(starts_M, 0, self.context_length)
+        return starts_M[recorded_M > 0]
+
+    def _batch(self, starts_B: Integers, places: list[tuple[int, int]]) -> WindowBatch:
+        values_BCW = self._store.cut(starts_B, self.context_length)
+        shown_BCW = np.ones(values_BCW.shape, bool)
+        target_BCW = shown_BCW
+        if self.config.hidden_share:
+            patches = self.context_length // self.patch_length
+            hidden_BCN = np.stack(
+                [
+                    generator_of(self.seed, *place).random((values_BCW.shape[1], patches))
+                    < self.config.hidden_share
+                    for place in places
+                ]
+            )
+            target_BCW = hidden_BCN.repeat(self.patch_length, axis=-1)
+            shown_BCW = ~target_BCW
+        ends_B = starts_B + self.context_length - 1
+        return points_batch(
+            values_BCW,
+            shown_BCW=shown_BCW,
+            target_BCW=target_BCW,
+            ids_B=np.array([self._store.segment_of(int(end)) for end in ends_B]),
+            task=self.name,
+        )
+
+
+def reconstruction_scores(
+    predictor: TaskPredictor,
+    task: str,
+    values_LC: Floats,
+    *,
+    patch_length: int,
+    hidden_share: float,
+) -> NDArray[np.float64]:
+    """Return the squared error of the reconstruction of each row, averaged over variates.
+
+    Windows follow one another without overlap and end at the last row. With patches hidden in
+    training, each is reconstructed from others: patches are hidden in turns, that share of them in
+    each. A row of which nothing is recorded has the score 0.
+    """
+    context, length = predictor.context_length, len(values_LC)
+    count = -(-length // context)
+    padded_LC = np.pad(values_LC, ((count * context - length, 0), (0, 0)), constant_values=np.nan)
+    values_BCL = padded_LC.reshape(count, context, -1).transpose(0, 2, 1)
+    errors_BCL = np.zeros(values_BCL.shape)
+    for hidden_L in _turns(context, patch_length, hidden_share):
+        shown_BCL = np.broadcast_to(~hidden_L, values_BCL.shape)
+        points_BCL = predictor.predict(values_BCL, task, shown_BCL=shown_BCL)
+        is_scored_L = hidden_L if hidden_share else ~hidden_L
+        difference = (points_BCL - values_BCL)[..., is_scored_L].astype(np.float64)
+        errors_BCL[..., is_scored_L] = np.square(difference)
+    errors_LC = errors_BCL.transpose(0, 2, 1).reshape(-1, values_BCL.shape[1])[-length:]
+    is_recorded_LC = np.isfinite(values_LC)
+    total_L = np.where(is_recorded_LC, errors_LC, 0).sum(axis=1)
+    return total_L / np.maximum(is_recorded_LC.sum(axis=1), 1)
+
+
+def _turns(length: int, patch_length: int, hidden_share: float) -> Sequence[NDArray[np.bool_]]:
+    """Return what is hidden in each pass over a window; every point once, or none at all."""
+    if not hidden_share:
+        return [np.zeros(length, bool)]
+    turns = max(2, round(1 / hidden_share))
+    patch_L = np.arange(length) // patch_length
+    return [patch_L % turns == turn for turn in range(turns)]
+
+
+def score_row(
+    model: str,
+    scores_L: NDArray[np.float64],
+    is_anomaly_L: NDArray[np.bool_],
+    threshold: float,
+    source: str,
+) -> dict[str, Any]:
+    """Return the figures of one detector.
+
+    Raises:
+        DataError: if there is nothing to compare with.
+    """
+    try:
+        scores = anomaly_scores(scores_L, is_anomaly_L, threshold=threshold)
+    except ValueError as error:
+        raise DataError(f"{source}, test part: {error}") from error
+    return {"model": model, **scores.to_json_dict()}

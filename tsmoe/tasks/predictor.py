@@ -1,0 +1,172 @@
+"""What a trained PatchMoE says of windows, with plain torch: no DeepSpeed, no ranks.
+
+Shapes: B windows, C variates, L context steps, Q prediction steps, Y classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tsmoe.checkpoint.package import load_package
+from tsmoe.errors import CheckpointError, ConfigError
+from tsmoe.inference import Forecast, choose_device
+from tsmoe.models.patch_moe import PatchMoE
+from tsmoe.nn.matmul import exact_onednn_matmul
+
+Floats = NDArray[np.float32]
+
+
+class TaskPredictor:
+    """Passes windows through a model, batch by batch."""
+
+    def __init__(
+        self, model: PatchMoE, card: dict[str, Any], device: torch.device, *, batch_size: int = 256
+    ) -> None:
+        """Take a model.
+
+        Args:
+            model: on any device.
+            card: of its package, or empty.
+            device: to compute on.
+            batch_size: univariate sequences that pass the model together, at least.
+        """
+        self.model = model.to(device).eval()
+        self.card = card
+        self.device = device
+        self.batch_size = batch_size
+        self.context_length = model.config.context_length
+
+    def task(self, kind: str) -> str:
+        """Return the name of the model's task of a kind, such as `anomaly`.
+
+        Raises:
+            ConfigError: if it has none, or several.
+        """
+        of_card = self.card.get("tasks", {})
+        names = [name for name in self.model.tasks if of_card.get(name, {}).get("type") == kind]
+        if len(names) != 1:
+            there = {name: of_card.get(name, {}).get("type") for name in self.model.tasks}
+            raise ConfigError(
+                f"the package has {len(names)} tasks of the kind {kind}; there are "
+                f"{', '.join(f'{name} ({its_kind})' for name, its_kind in there.items())}"
+            )
+        return names[0]
+
+    @torch.inference_mode()
+    def predict(
+        self, values_BCL: Floats, task: str, *, shown_BCL: NDArray[np.bool_] | None = None
+    ) -> Floats:
+        """Return points_BCL, forecast_BCQ or logits_BY, whatever the task gives.
+
+        Args:
+            values_BCL: L the context length of the model; NaN where not observed.
+            task: name of it.
+            shown_BCL: what the model may see of what is observed; None: all.
+        """
+        observed_BCL = np.isfinite(values_BCL)
+        values_BCL = np.where(observed_BCL, values_BCL, 0).astype(np.float32)
+        if shown_BCL is not None:
+            observed_BCL = observed_BCL & shown_BCL
+        per_pass = max(1, self.batch_size // max(1, values_BCL.shape[1]))
+        pieces = []
+        for first in range(0, len(values_BCL), per_pass):
+            piece = slice(first, first + per_pass)
+            with exact_onednn_matmul(self.device):
+                output = self.model(
+                    torch.from_numpy(values_BCL[piece]).to(self.device),
+                    torch.from_numpy(observed_BCL[piece]).to(self.device),
+                    task,
+                )
+            pieces.append(output.prediction.cpu().numpy())
+        return np.concatenate(pieces)
+
+
+class TaskForecaster:
+    """Lets a PatchMoE forecast wherever a `Forecaster` may: evaluation and the command line."""
+
+    quantile_levels: tuple[float, ...] = ()
+    mixes_variates = False
+
+    def __init__(self, predictor: TaskPredictor, task: str) -> None:
+        self.predictor, self.task = predictor, task
+        self.card = predictor.card
+        self.context_length = predictor.context_length
+        head = predictor.model.config.heads[task]
+        assert head.type == "forecast"
+        self.prediction_length = head.prediction_length
+
+    def forecast(self, context_CL: Floats, prediction_length: int) -> Forecast:
+        """Forecast one window; see `forecast_batch`."""
+        return self.forecast_batch(np.asarray(context_CL)[None], prediction_length)
+
+    def forecast_batch(
+        self,
+        context_BCL: Floats,
+        prediction_length: int,
+        *,
+        batch_size: int = 256,  # noqa: ARG002
+        num_covariates: int = 0,
+        future_BFQ: Floats | None = None,  # noqa: ARG002
+    ) -> Forecast:
+        """Forecast what follows each context; longer horizons than the head's are rolled.
+
+        Args:
+            context_BCL: in any unit; NaN where not observed. The last points are used; what is
+                missing of a context is not observed.
+            prediction_length: steps to forecast, at least 1.
+            batch_size: not heeded: the predictor has one.
+            num_covariates: last variates, which are left out.
+            future_BFQ: of covariates; not heeded.
+
+        Raises:
+            ConfigError: if `prediction_length` is below 1 or a value is infinite.
+        """
+        if prediction_length < 1:
+            raise ConfigError(f"prediction_length is {prediction_length}; it must be at least 1")
+        context_BCL = np.asarray(context_BCL, np.float32)
+        if context_BCL.ndim != 3 or 0 in context_BCL.shape:
+            raise ConfigError(
+                f"the context has shape {context_BCL.shape}; expected windows x variates x points"
+            )
+        if np.isinf(context_BCL).any():
+            raise ConfigError("the context holds infinite values; mark them as missing (NaN)")
+        context_BCL = context_BCL[:, : context_BCL.shape[1] - num_covariates]
+        pieces: list[Floats] = []
+        length = 0
+        while length < prediction_length:
+            window_BCL = fit_length(context_BCL, self.context_length)
+            piece_BCQ = self.predictor.predict(window_BCL, self.task)
+            pieces.append(piece_BCQ)
+            length += piece_BCQ.shape[-1]
+            context_BCL = np.concatenate((window_BCL, piece_BCQ), axis=-1)
+        mean_BCQ = np.concatenate(pieces, axis=-1)[..., :prediction_length]
+        return Forecast(mean_BCQ=mean_BCQ, quantiles_BCQK=None)
+
+
+def fit_length(values_BCL: Floats, length: int) -> Floats:
+    """Return the last points, with NaN before them where there are too few."""
+    values_BCL = values_BCL[..., -length:]
+    missing = length - values_BCL.shape[-1]
+    return np.pad(values_BCL, ((0, 0), (0, 0), (missing, 0)), constant_values=np.nan)
+
+
+def load_predictor(path: str | Path, *, device: str = "auto") -> TaskPredictor:
+    """Load a package folder of a PatchMoE.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or of another model.
+        ConfigError: if the device is not there.
+    """
+    chosen = choose_device(device)
+    model, card = load_package(Path(path))
+    if not isinstance(model, PatchMoE):
+        raise CheckpointError(
+            f"{path}: holds a {model.config.type}, which forecasts; load it with "
+            "tsmoe.inference.Forecaster.load"
+        )
+    return TaskPredictor(model, card, chosen)

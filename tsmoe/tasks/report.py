@@ -1,0 +1,31 @@
+"""The figures of a task as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+def results_table(results: Sequence[dict[str, Any]]) -> RichTable:
+    """Lay out one row per model and one column per figure."""
+    from rich.table import Table as RichTable
+
+    columns = list(dict.fromkeys(key for row in results for key in row))
+    table = RichTable()
+    for column in columns:
+        is_text = any(isinstance(row.get(column), str) for row in results)
+        table.add_column(
+            column.replace("_", " "), justify="left" if is_text else "right", overflow="fold"
+        )
+    for row in results:
+        table.add_row(*(_text(row.get(column)) for column in columns))
+    return table
+
+
+def _text(value: Any) -> str:  # text, a number or None
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
