@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsmoe.commands.covariates import (
@@ -30,23 +31,35 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _USUAL_CONTEXT = 672
+_USUAL_HORIZON = 96
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its options."""
     parser = subparsers.add_parser("evaluate", help="compare a package with baselines on a table")
     parser.add_argument("package", help="folder of the package")
-    parser.add_argument("--task", choices=["forecast"], default="forecast")
+    parser.add_argument(
+        "--task",
+        choices=["forecast", "imputation", "anomaly", "classification"],
+        default="forecast",
+        help="all but forecast are for packages of patch_moe (default: forecast)",
+    )
     parser.add_argument("--data", required=True, help="CSV or Parquet table, one row per time step")
     parser.add_argument(
         "--context", type=int, help="steps seen (default: 672; gift: as far as the package looks)"
     )
-    parser.add_argument("--horizon", type=int, default=96, help="steps predicted (default: 96)")
+    parser.add_argument(
+        "--horizon", type=int, help="steps predicted (default: 96; of patch_moe as it was trained)"
+    )
+    parser.add_argument(
+        "--test-data", help="what follows the series of --data, where those are one to a row"
+    )
     parser.add_argument(
         "--protocol",
-        choices=["ltsf", "gift"],
+        choices=["ltsf", "tfb", "gift"],
         default="ltsf",
-        help="ltsf: scaled, every window of the test part; gift: as GIFT-Eval, MASE and CRPS over "
+        help="ltsf: scaled, every window of the test part; tfb: the same windows by the name of "
+        "the benchmark that asks for them; gift: as GIFT-Eval, MASE and CRPS over "
         "the seasonal naive's on up to 20 windows at the end",
     )
     parser.add_argument(
@@ -68,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     for option in ("context", "horizon", "season", "batch_size"):
         require_positive(option, getattr(args, option))
     split = _parse_split(args.split)
+    from tsmoe.checkpoint.package import load_package
     from tsmoe.evaluate.report import check_output, draw_forecast, replace_file, scores_table
 
     if args.json not in (None, "-"):
@@ -78,12 +92,22 @@ def run(args: argparse.Namespace) -> int:
     if args.protocol == "gift" and (args.plot is not None or args.split is not None):
         raise ConfigError("--plot and --split are for the ltsf protocol; leave them out")
 
-    from tsmoe.inference import Forecaster
+    from tsmoe.inference import Forecaster, choose_device
+    from tsmoe.models.patch_moe import PatchMoE
 
     split_names("--columns", args.columns)
-    forecaster = Forecaster.load(args.package, device=args.device)
+    device = choose_device(args.device)
+    model, card = load_package(Path(args.package))
+    if isinstance(model, PatchMoE):
+        from tsmoe.commands.evaluate_tasks import evaluate_tasks
+        from tsmoe.tasks.predictor import TaskPredictor
+
+        predictor = TaskPredictor(model, card, device, batch_size=args.batch_size)
+        return evaluate_tasks(args, predictor, split=split)
+    _check_time_tracker(args)
+    forecaster = Forecaster(model, card, device)
     data = seen_by(read_covariate_table(args, forecaster), forecaster)
-    if args.context is None and args.protocol == "ltsf":
+    if args.context is None and args.protocol != "gift":
         args.context = forecaster.card.get("table", {}).get("context_length") or _USUAL_CONTEXT
     if args.context is not None and args.context > forecaster.context_length:
         logger.warning(
@@ -115,6 +139,19 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         draw_forecast(evaluation.example, args.plot)
     return 0
+
+
+def _check_time_tracker(args: argparse.Namespace) -> None:
+    """Refuse what is for other packages, and fill in the usual horizon."""
+    if args.task != "forecast":
+        raise ConfigError(
+            f"--task is {args.task}, but {args.package} holds a time_tracker, which forecasts; "
+            "train a patch_moe for it: tsmoe finetune patch_moe_"
+            f"{args.task} data={args.data}"
+        )
+    if args.test_data is not None:
+        raise ConfigError("--test-data is for packages of patch_moe; leave it out")
+    args.horizon = _USUAL_HORIZON if args.horizon is None else args.horizon
 
 
 def _evaluate_ltsf(

@@ -36,7 +36,8 @@ class EncoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query_key_value = nn.Linear(d_model, 3 * d_model)
+        # Without bias: that of keys would be learned from rounding errors, as softmax cancels it.
+        self.query_key_value = nn.Linear(d_model, 3 * d_model, bias=False)
         self.output = nn.Linear(d_model, d_model)
         self.attention_norm = nn.LayerNorm(d_model)
         self.feed_forward: MoELayer | SwiGLU

@@ -97,6 +97,11 @@ class PatchMoEConfig(Section):
         return self.patch_length
 
     @property
+    def d_task_input(self) -> int | None:
+        """Width of what the router is told of the task; None: nothing."""
+        return self._d_router if self.has_task_embedding else None
+
+    @property
     def _d_router(self) -> int | None:
         router = getattr(self.feed_forward, "router", None)
         return router.d_router if isinstance(router, RecurrentRouterConfig) else None
@@ -124,7 +129,8 @@ class PatchMoE(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed = PatchEmbedding(config.patch_length, config.d_model)
-            self.position_ND = nn.Parameter(torch.empty(config.num_patches, config.d_model))
+            # Modules, not bare parameters: DeepSpeed's stage 3 gathers weights where modules are.
+            self.position = nn.Embedding(config.num_patches, config.d_model)
             self.dropout = nn.Dropout(config.dropout)
             self.blocks = nn.ModuleList(
                 EncoderBlock(
@@ -139,11 +145,9 @@ class PatchMoE(nn.Module):
                 )
                 for layer_index in range(config.num_layers)
             )
-            self.task_input_JR: nn.Parameter | None = None
-            if config.has_task_embedding:
-                self.task_input_JR = nn.Parameter(
-                    torch.empty(len(self.tasks), config._d_router or 0)
-                )
+            self.task_input: nn.Embedding | None = None
+            if config.d_task_input is not None:
+                self.task_input = nn.Embedding(len(self.tasks), config.d_task_input)
             self.heads = nn.ModuleDict(
                 {
                     name: build_task_head(
@@ -177,7 +181,9 @@ class PatchMoE(nn.Module):
         cut = {"patch_length": self.config.patch_length, "patch_stride": self.config.patch_length}
         observed_BCNP = cut_patches(observed_BCL, **cut)
         patches_BCNP = cut_patches(normalised_BCL, **cut).to(self.embed.values.weight.dtype)
-        tokens_BCND = self.dropout(self.embed(patches_BCNP, observed_BCNP) + self.position_ND)
+        place_N = torch.arange(self.config.num_patches, device=values_BCL.device)
+        embedded_BCND = self.embed(patches_BCNP, observed_BCNP) + self.position(place_N)
+        tokens_BCND = self.dropout(embedded_BCND)
         is_seen_BCN = observed_BCNP.any(-1)
         may_see_X11N = _visible(is_seen_BCN)
         state = self._first_state(task)
@@ -195,7 +201,7 @@ class PatchMoE(nn.Module):
         if prediction.ndim == 3:  # points, not classes
             prediction = prediction * scale_BC1 + loc_BC1
         if self.training and torch.is_grad_enabled():
-            prediction = prediction + self._nothing_of_other_tasks(task)
+            prediction = prediction + self._nothing_of_other_tasks(task, tokens_BCND, is_seen_BCN)
         return TaskOutput(prediction=prediction, tokens_BCND=tokens_BCND, routings=tuple(routings))
 
     def arguments(self, batch: WindowBatch) -> dict[str, Any]:
@@ -236,21 +242,23 @@ class PatchMoE(nn.Module):
         return loc_BC1, (variance_BC1 + _EPSILON).sqrt()
 
     def _first_state(self, task: str) -> RouterState | None:
-        if self.task_input_JR is None:
+        if self.task_input is None:
             return None
-        given_R = self.task_input_JR[self.tasks.index(task)]
-        return RouterState(task_B11R=given_R.float()[None, None, None])
+        number = torch.tensor([self.tasks.index(task)], device=self.task_input.weight.device)
+        return RouterState(task_B11R=self.task_input(number).float()[:, None, None])
 
-    def _nothing_of_other_tasks(self, task: str) -> Tensor:
-        """Return 0 that depends on the heads that rest, so that ranks exchange their gradients."""
-        others = [
-            p.sum() for name in self.tasks if name != task for p in self.heads[name].parameters()
-        ]
-        return (
-            0.0 * torch.stack(others).sum()
-            if others
-            else torch.zeros((), device=self.position_ND.device)
-        )
+    def _nothing_of_other_tasks(
+        self, task: str, tokens_BCND: Tensor, is_seen_BCN: Tensor
+    ) -> Tensor:
+        """Return 0 that depends on the heads that rest, so that ranks exchange their gradients.
+
+        The heads are called, as DeepSpeed's stage 3 gathers weights where modules are.
+        """
+        nothing = torch.zeros((), device=tokens_BCND.device)
+        for name, head in self.heads.items():
+            if name != task:
+                nothing = nothing + 0.0 * head(tokens_BCND, is_seen_BCN).float().sum()
+        return nothing
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -258,9 +266,9 @@ class PatchMoE(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.position_ND, std=0.02)
-        if self.task_input_JR is not None:
-            nn.init.normal_(self.task_input_JR, std=0.5)
+        nn.init.normal_(self.position.weight, std=0.02)
+        if self.task_input is not None:
+            nn.init.normal_(self.task_input.weight, std=0.5)
 
 
 def _visible(is_seen_BCN: Tensor) -> Tensor:

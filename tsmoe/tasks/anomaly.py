@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from tsmoe.batch import WindowBatch
 from tsmoe.errors import DataError
 from tsmoe.evaluate.anomaly_metrics import anomaly_scores, auc_roc, threshold_at
-from tsmoe.evaluate.protocol import fit_scaler
+from tsmoe.evaluate.protocol import Scaler, fit_scaler
 from tsmoe.heads.task import ReconstructionHeadConfig
-from tsmoe.tasks.anomaly_data import Entity, labelled_in_train, read_anomaly_data
+from tsmoe.tasks.anomaly_data import AnomalyData, Entity, labelled_in_train, read_anomaly_data
 from tsmoe.tasks.config import AnomalyTaskConfig
 from tsmoe.tasks.predictor import TaskPredictor
 from tsmoe.tasks.task import MODEL, TaskEvaluation
@@ -45,8 +45,9 @@ class AnomalyTask:
         context_length: int,
         patch_length: int,
         seed: int = 0,
+        data: AnomalyData | None = None,
     ) -> None:
-        """Read the entities.
+        """Read the entities, unless they are given.
 
         Raises:
             DataError: if the train part holds labelled anomalies that are not to be left out, or is
@@ -55,14 +56,16 @@ class AnomalyTask:
         self.name, self.config, self.source, self.seed = name, config, path, seed
         self.context_length, self.patch_length = context_length, patch_length
         self.loss_of_points = config.loss
-        self.data = read_anomaly_data(
-            path,
-            entity_column=config.entity_column,
-            label_column=config.label_column,
-            split_column=config.split_column,
-            time_column=config.time_column,
-            train_share=config.train_share,
-        )
+        if data is None:
+            data = read_anomaly_data(
+                path,
+                entity_column=config.entity_column,
+                label_column=config.label_column,
+                split_column=config.split_column,
+                time_column=config.time_column,
+                train_share=config.train_share,
+            )
+        self.data = data
         labelled = labelled_in_train(self.data)
         if labelled and not config.leaves_out_labelled:
             raise DataError(
@@ -70,7 +73,10 @@ class AnomalyTask:
                 f"be learned as usual; set tasks.{name}.leaves_out_labelled=true to learn from the "
                 "other rows alone, or give a train part without them"
             )
-        self._scaled = [self._scale(entity) for entity in self.data.entities]
+        scaled = [self._scale(entity) for entity in self.data.entities]
+        self._scaled = [parts for parts, _ in scaled]
+        self.scalers = [scaler for _, scaler in scaled]
+        """Of each entity; a variate of which nothing is known has NaN there."""
         trains = [train_LC for train_LC, _ in self._scaled]
         self._store = WindowStore(trains, lead=context_length)
         train, validation = [], []
@@ -124,18 +130,16 @@ class AnomalyTask:
         Raises:
             DataError: if no point of the test parts is labelled.
         """
-        found, usual, labels = [], [], []
+        found, labels = [], []
         by_entity: dict[str, float | None] = {}
-        for entity, (train_LC, test_LC) in zip(self.data.entities, self._scaled, strict=True):
-            border = int(len(train_LC) * (1 - self.config.validation_share))
-            usual.append(self.scores(predictor, train_LC[border:]))
+        for entity, (_, test_LC) in zip(self.data.entities, self._scaled, strict=True):
             scores_L = self.scores(predictor, test_LC)
             is_anomaly_L = entity.test_is_anomaly_L
             found.append(scores_L)
             labels.append(is_anomaly_L)
             has_both = is_anomaly_L.any() and not is_anomaly_L.all()
             by_entity[entity.name] = auc_roc(scores_L, is_anomaly_L) if has_both else None
-        threshold = threshold_at(np.concatenate(usual), self.config.flagged_share)
+        threshold = threshold_at(self.usual_scores(predictor), self.config.flagged_share)
         row = score_row(
             MODEL, np.concatenate(found), np.concatenate(labels), threshold, self.source
         )
@@ -163,7 +167,15 @@ class AnomalyTask:
             hidden_share=self.config.hidden_share,
         )
 
-    def _scale(self, entity: Entity) -> tuple[Floats, Floats]:
+    def usual_scores(self, predictor: TaskPredictor) -> NDArray[np.float64]:
+        """Return the scores of the validation parts: what the threshold is chosen on."""
+        found = []
+        for train_LC, _ in self._scaled:
+            border = int(len(train_LC) * (1 - self.config.validation_share))
+            found.append(self.scores(predictor, train_LC[border:]))
+        return np.concatenate(found)
+
+    def _scale(self, entity: Entity) -> tuple[tuple[Floats, Floats], Scaler]:
         train_LC = entity.train_LC
         if entity.train_is_anomaly_L is not None:
             train_LC = np.where(entity.train_is_anomaly_L[:, None], np.nan, train_LC)
@@ -179,12 +191,10 @@ class AnomalyTask:
         )
         where = f"{self.source}, entity {entity.name}"
         scaler = fit_scaler(train_LC[:, is_known_C], names, path=where)
-        parts = []
-        for values_LC in (train_LC, entity.test_LC):
-            scaled_LC = np.full(values_LC.shape, np.nan, np.float32)
-            scaled_LC[:, is_known_C] = scaler.scale(values_LC[:, is_known_C])
-            parts.append(scaled_LC)
-        return parts[0], parts[1]
+        mean_C, std_C = (np.full(len(is_known_C), np.nan) for _ in range(2))
+        mean_C[is_known_C], std_C[is_known_C] = scaler.mean_C, scaler.std_C
+        whole = Scaler(mean_C=mean_C, std_C=std_C)
+        return (whole.scale(train_LC), whole.scale(entity.test_LC)), whole
 
     def _starts(self, number: int, first: int, end: int, *, step: int) -> Integers:
         """Return windows that end in some rows; a part shorter than a window gives one."""

@@ -85,7 +85,9 @@ class ClassificationTask:
     def head(self) -> ClassificationHeadConfig:
         """Return the head that tells these classes apart."""
         return ClassificationHeadConfig(
-            num_classes=len(self.data.classes), num_variates=self._train_BCL.shape[1]
+            num_classes=len(self.data.classes),
+            num_variates=self._train_BCL.shape[1],
+            dropout=self.config.head_dropout,
         )
 
     def training_batch(self, items: Integers, positions: Integers) -> WindowBatch:  # noqa: ARG002

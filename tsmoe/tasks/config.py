@@ -20,6 +20,12 @@ from tsmoe.train.schedule import BalanceConfig, ScheduleConfig
 PointLoss = Literal["mse", "mae"]
 
 
+def check_dropout(head_dropout: float) -> None:
+    """Refuse a share that is none."""
+    if not 0 <= head_dropout < 1:
+        raise ValueError(f"head_dropout ({head_dropout}) must be at least 0 and below 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForecastTaskConfig(Section):
     """Forecast a table, or many series of their own."""
@@ -34,6 +40,8 @@ class ForecastTaskConfig(Section):
     prediction_length: int = 96
     """Steps to forecast."""
     loss: PointLoss = "mse"
+    head_dropout: float = 0.0
+    """On the tokens that the head sees, while training."""
     is_univariate: bool = False
     """Every variate makes windows of its own, so that balance is asked of all of them together."""
     columns: list[str] | None = None
@@ -49,6 +57,7 @@ class ForecastTaskConfig(Section):
     def __post_init__(self) -> None:
         if self.prediction_length < 1:
             raise ValueError(f"prediction_length ({self.prediction_length}) must be at least 1")
+        check_dropout(self.head_dropout)
         if self.test_path is not None and self.layout != "series":
             raise ValueError(f"test_path ({self.test_path}) is for layout=series; leave it out")
 
@@ -139,8 +148,11 @@ class ClassificationTaskConfig(Section):
     """Of the training cases of each class, for early stopping."""
     fits_context: bool = True
     """Set `model.context_length` to the longest training case; the ends of longer ones are seen."""
+    head_dropout: float = 0.1
+    """On what the head sees, while training."""
 
     def __post_init__(self) -> None:
+        check_dropout(self.head_dropout)
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share ({self.validation_share}) must lie between 0 and 1")
 

@@ -15,7 +15,7 @@ from tsmoe.batch import WindowBatch
 from tsmoe.errors import DataError
 from tsmoe.evaluate.baselines import season_length
 from tsmoe.evaluate.forecast import evaluate_forecast
-from tsmoe.evaluate.protocol import Borders, check_rows, fit_scaler, ltsf_borders
+from tsmoe.evaluate.protocol import Borders, Scaler, check_rows, fit_scaler, ltsf_borders
 from tsmoe.heads.task import ForecastHeadConfig
 from tsmoe.tasks.config import ForecastTaskConfig, ImputationTaskConfig
 from tsmoe.tasks.predictor import TaskForecaster, TaskPredictor
@@ -27,9 +27,15 @@ class TableForecastTask:
     """A table of variates, forecast window by window (LTSF, and TFB: nothing is dropped)."""
 
     def __init__(
-        self, name: str, config: ForecastTaskConfig, path: str, *, context_length: int
+        self,
+        name: str,
+        config: ForecastTaskConfig,
+        path: str,
+        *,
+        context_length: int,
+        table: Table | None = None,
     ) -> None:
-        """Open the table.
+        """Open the table, unless it is given.
 
         Raises:
             ConfigError: if a column is named that is not there.
@@ -38,8 +44,12 @@ class TableForecastTask:
         self.name, self.config, self.source = name, config, path
         self.context_length = context_length
         self.loss_of_points = config.loss
-        self.table, self.borders, scaled_LC = open_scaled(
-            config, path, context_length=context_length, prediction_length=config.prediction_length
+        self.table, self.borders, self.scaler, scaled_LC = open_scaled(
+            config,
+            path,
+            context_length=context_length,
+            prediction_length=config.prediction_length,
+            table=table,
         )
         segments = [scaled_LC]
         if config.is_univariate:
@@ -62,7 +72,9 @@ class TableForecastTask:
 
     def head(self) -> ForecastHeadConfig:
         """Return the head that forecasts all steps."""
-        return ForecastHeadConfig(prediction_length=self.config.prediction_length)
+        return ForecastHeadConfig(
+            prediction_length=self.config.prediction_length, dropout=self.config.head_dropout
+        )
 
     def training_batch(self, items: Integers, positions: Integers) -> WindowBatch:  # noqa: ARG002
         """Cut training windows."""
@@ -122,14 +134,16 @@ def open_scaled(
     *,
     context_length: int,
     prediction_length: int,
-) -> tuple[Table, Borders, Floats]:
-    """Read a table and scale it by its train part."""
-    table = read_table(
-        path,
-        time_column=config.time_column,
-        columns=config.columns,
-        ignores_time=config.ignores_time,
-    )
+    table: Table | None,
+) -> tuple[Table, Borders, Scaler, Floats]:
+    """Read a table, unless it is given, and scale it by its train part."""
+    if table is None:
+        table = read_table(
+            path,
+            time_column=config.time_column,
+            columns=config.columns,
+            ignores_time=config.ignores_time,
+        )
     borders = ltsf_borders(path, len(table.values_LC), split=config.split)
     check_rows(
         borders,
@@ -139,7 +153,7 @@ def open_scaled(
         fits=True,
     )
     scaler = fit_scaler(table.values_LC[: borders.train_end], table.variates, path=path)
-    return table, borders, scaler.scale(table.values_LC)
+    return table, borders, scaler, scaler.scale(table.values_LC)
 
 
 def evaluate_table(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.table import Table
 from tsmoe.batch import WindowBatch
 from tsmoe.errors import DataError
 from tsmoe.heads.task import ReconstructionHeadConfig
@@ -42,8 +43,9 @@ class ImputationTask:
         *,
         context_length: int,
         seed: int = 0,
+        table: Table | None = None,
     ) -> None:
-        """Open the table.
+        """Open the table, unless it is given.
 
         Raises:
             ConfigError: if a column is named that is not there.
@@ -52,8 +54,8 @@ class ImputationTask:
         self.name, self.config, self.source, self.seed = name, config, path, seed
         self.context_length = context_length
         self.loss_of_points = config.loss
-        self.table, borders, scaled_LC = open_scaled(
-            config, path, context_length=1, prediction_length=context_length
+        self.table, borders, self.scaler, scaled_LC = open_scaled(
+            config, path, context_length=1, prediction_length=context_length, table=table
         )
         self._store = WindowStore([scaled_LC], lead=0)
         parts = {

@@ -72,7 +72,7 @@ class TaskRunResult:
 
 
 def train_tasks(
-    config: TaskRunConfig, tasks: Mapping[str, Task] | None = None
+    config: TaskRunConfig, tasks: Mapping[str, Task] | None = None, *, evaluates: bool = True
 ) -> tuple[Outcome, TaskRunResult | None]:
     """Train, or go on with a run that was interrupted. Every rank of the launcher calls it.
 
@@ -82,6 +82,7 @@ def train_tasks(
     Args:
         config: of the run.
         tasks: opened already; None opens the files that the config names.
+        evaluates: whether the best weights are judged by the test parts.
 
     Returns:
         How it ended, and on the first rank what came of it, once it is done.
@@ -101,7 +102,7 @@ def train_tasks(
     )
     ranks = replace(ranks, meter=CommunicationMeter())
     with run_lock(Path(run.run), ranks):
-        return Course(run, TaskWork(run, tasks, ranks), ranks).go()
+        return Course(run, TaskWork(run, tasks, ranks, evaluates=evaluates), ranks).go()
 
 
 def open_tasks(config: TaskRunConfig) -> dict[str, Task]:
@@ -159,8 +160,11 @@ class TaskWork:
     error_name = "error"
     learns_all = True
 
-    def __init__(self, run: TaskRun, tasks: Mapping[str, Task], ranks: Ranks) -> None:
+    def __init__(
+        self, run: TaskRun, tasks: Mapping[str, Task], ranks: Ranks, *, evaluates: bool = True
+    ) -> None:
         self.run, self.tasks, self.ranks = run, dict(tasks), ranks
+        self._evaluates = evaluates
         self._names = list(tasks)
         self._orders = {
             name: ShuffledOrder(task.num_train, run.seed) for name, task in tasks.items()
@@ -250,7 +254,8 @@ class TaskWork:
         assert isinstance(model, PatchMoE)
         cards = {name: task.card() for name, task in self.tasks.items()}
         predictor = TaskPredictor(model, {"tasks": cards}, device)
-        evaluations = {name: task.evaluate(predictor) for name, task in self.tasks.items()}
+        judged = self.tasks if self._evaluates else {}
+        evaluations = {name: task.evaluate(predictor) for name, task in judged.items()}
         found = {name: evaluation.to_json_dict() for name, evaluation in evaluations.items()}
         card = self._card(model, cards, step, verdict, found)
         save_package(folder / PACKAGE_FOLDER, model.cpu(), card)

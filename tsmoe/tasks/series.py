@@ -68,7 +68,9 @@ class SeriesForecastTask:
 
     def head(self) -> ForecastHeadConfig:
         """Return the head that forecasts all steps."""
-        return ForecastHeadConfig(prediction_length=self.config.prediction_length)
+        return ForecastHeadConfig(
+            prediction_length=self.config.prediction_length, dropout=self.config.head_dropout
+        )
 
     def training_batch(self, items: Integers, positions: Integers) -> WindowBatch:  # noqa: ARG002
         """Cut training windows."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tsmoe.config import Section
 from tsmoe.moe.routers.load_bias import LoadBias
 from tsmoe.moe.routers.softmax_scores import (
+    Float32Linear,
     check_router,
     noisy_scores,
     softmax_routing,
@@ -50,8 +51,8 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.top_k = config.top_k
         self.noise = config.noise
-        self.gate = nn.Linear(d_model, num_experts, bias=False)
-        self.spread = nn.Linear(d_model, num_experts, bias=False) if config.noise else None
+        self.gate = Float32Linear(d_model, num_experts, bias=False)
+        self.spread = Float32Linear(d_model, num_experts, bias=False) if config.noise else None
         self.balance = LoadBias(num_experts)
 
     def forward(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tsmoe.config import Section
 from tsmoe.moe.routers.load_bias import LoadBias
 from tsmoe.moe.routers.softmax_scores import (
+    Float32Linear,
     check_router,
-    linear_in_float32,
     noisy_scores,
     softmax_routing,
     tracks_of,
@@ -62,10 +62,12 @@ class RecurrentRouter(nn.Module):
         self.top_k = config.top_k
         self.noise = config.noise
         self.shares_memory = config.shares_memory
-        self.project = nn.Linear(d_model, config.d_router)
+        self.project = Float32Linear(d_model, config.d_router)
         self.memory: nn.Module | None = _Memory(config.d_router, config.d_router)
-        self.gate = nn.Linear(config.d_router, num_experts, bias=False)
-        self.spread = nn.Linear(config.d_router, num_experts, bias=False) if config.noise else None
+        self.gate = Float32Linear(config.d_router, num_experts, bias=False)
+        self.spread = (
+            Float32Linear(config.d_router, num_experts, bias=False) if config.noise else None
+        )
         self.balance = LoadBias(num_experts)
         # In a tuple, so that the owner's weights are not also counted as ours.
         self._first: tuple[RecurrentRouter, ...] = ()
@@ -88,7 +90,7 @@ class RecurrentRouter(nn.Module):
         assert memory is not None
         with torch.autocast(tokens_BCND.device.type, enabled=False):
             tokens_VBCND = tracks_of(tokens_BCND, is_training=self.training)
-            inputs_VBCNR = linear_in_float32(tokens_VBCND, self.project)
+            inputs_VBCNR = self.project(tokens_VBCND)
             if state.task_B11R is not None:
                 inputs_VBCNR = inputs_VBCNR + state.task_B11R
             hidden_XR = memory(inputs_VBCNR.flatten(0, -2), state.hidden_XR)

@@ -21,6 +21,19 @@ def check_router(top_k: int, noise: float) -> None:
         raise ValueError(f"top_k ({top_k}) must be at least 1, noise ({noise}) at least 0")
 
 
+class Float32Linear(nn.Linear):
+    """A linear map in float32, whatever the precision of its weights.
+
+    In bf16 the scores of neighbouring experts would tie. A module of its own, as DeepSpeed's stage
+    3 gathers weights, forward and backward, where a module takes and returns tensors.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (.., D) to (.., E)."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(inputs, self.weight.float(), bias)
+
+
 def tracks_of(tokens_BCND: Tensor, *, is_training: bool) -> Tensor:
     """Return the tokens, and while training the tokens again, cut off from what made them.
 
@@ -33,26 +46,17 @@ def tracks_of(tokens_BCND: Tensor, *, is_training: bool) -> Tensor:
 
 
 def noisy_scores(
-    hidden_VBCNR: Tensor, gate: nn.Linear, spread: nn.Linear | None, noise: float
+    hidden_VBCNR: Tensor, gate: nn.Module, spread: nn.Module | None, noise: float
 ) -> Tensor:
     """Return softmax scores, with learned noise while training; equal on both tracks.
 
     Source: PatchMoE (arXiv 2509.22279), Eq. (7), as reconstructed: `mu + eps * softplus(W h)`.
     """
-    logits_VBCNE = linear_in_float32(hidden_VBCNR, gate)
+    logits_VBCNE = gate(hidden_VBCNR)
     if spread is not None and spread.training:
-        spread_VBCNE = F.softplus(linear_in_float32(hidden_VBCNR, spread))
+        spread_VBCNE = F.softplus(spread(hidden_VBCNR))
         logits_VBCNE = logits_VBCNE + noise * torch.randn_like(spread_VBCNE[0]) * spread_VBCNE
     return logits_VBCNE.softmax(-1)
-
-
-def linear_in_float32(inputs: Tensor, layer: nn.Linear) -> Tensor:
-    """Apply a linear layer in float32, whatever the precision of its weights.
-
-    In bf16 the scores of neighbouring experts would tie.
-    """
-    bias = None if layer.bias is None else layer.bias.float()
-    return F.linear(inputs, layer.weight.float(), bias)
 
 
 def softmax_routing(
