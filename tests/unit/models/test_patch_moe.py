@@ -1,0 +1,213 @@
+"""PatchMoE: what it sees, what it must not see, and what each head answers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsmoe.heads.task import (
+    ClassificationHeadConfig,
+    ForecastHeadConfig,
+    ReconstructionHeadConfig,
+)
+from tsmoe.models import build_model
+from tsmoe.models.block import DenseConfig
+from tsmoe.models.patch_moe import PatchMoE, PatchMoEConfig
+from tsmoe.moe.layer import MoEConfig
+from tsmoe.moe.routers import LinearRouterConfig, RecurrentRouterConfig
+
+B, C, L, P, Q, Y = 3, 2, 24, 4, 10, 5
+
+CONFIG = PatchMoEConfig(
+    patch_length=P,
+    context_length=L,
+    d_model=16,
+    num_heads=2,
+    num_layers=2,
+    dropout=0.0,
+    feed_forward=MoEConfig(
+        num_experts=4,
+        d_ff_expert=16,
+        d_ff_shared=16,
+        router=RecurrentRouterConfig(d_router=8, noise=0.0),
+    ),
+    heads={
+        "ahead": ForecastHeadConfig(prediction_length=Q),
+        "fill": ReconstructionHeadConfig(),
+        "tell": ClassificationHeadConfig(num_classes=Y, num_variates=C, dropout=0.0),
+    },
+)
+
+
+def model_of(**changes) -> PatchMoE:
+    model = build_model(replace(CONFIG, **changes), seed=1)
+    assert isinstance(model, PatchMoE)
+    return model.eval()
+
+
+@pytest.fixture(name="values_BCL")
+def random_values() -> Tensor:
+    return torch.randn(B, C, L, generator=torch.Generator().manual_seed(0)) + 3
+
+
+def all_of(values_BCL: Tensor) -> Tensor:
+    return torch.ones_like(values_BCL, dtype=torch.bool)
+
+
+def test_each_head_answers_in_its_own_shape(values_BCL) -> None:
+    model = model_of()
+    shapes = {"ahead": (B, C, Q), "fill": (B, C, L), "tell": (B, Y)}
+    for task, shape in shapes.items():
+        output = model(values_BCL, all_of(values_BCL), task)
+        assert output.prediction.shape == shape
+        assert output.tokens_BCND.shape == (B, C, L // P, 16)
+        assert len(output.routings) == 2
+
+
+def test_forecast_in_other_units_is_the_same_forecast(values_BCL) -> None:
+    model = model_of()
+    plain = model(values_BCL, all_of(values_BCL), "ahead").prediction
+    moved = model(10 * values_BCL - 7, all_of(values_BCL), "ahead").prediction
+    # The floor of RevIN, 1e-5 of the variance, is all that knows the unit.
+    torch.testing.assert_close(moved, 10 * plain - 7, rtol=1e-3, atol=1e-3)
+
+
+def test_level_and_scale_are_seen_where_windows_are_not_normalised(values_BCL) -> None:
+    model = model_of(normalises_windows=False)
+    plain, moved = (
+        model(values, all_of(values), "tell").prediction
+        for values in (values_BCL, 10 * values_BCL - 7)
+    )
+    assert not torch.allclose(plain, moved, atol=0.1)
+
+
+@pytest.mark.parametrize("task", ["ahead", "fill", "tell"])
+def test_values_that_are_not_shown_have_no_effect(values_BCL, task) -> None:
+    model, shown = model_of(), all_of(values_BCL)
+    shown[:, 0, 5:9] = False
+    expected = model(values_BCL, shown, task).prediction
+    for other in (torch.nan, 1e6):
+        hidden = torch.where(shown, values_BCL, other)
+        torch.testing.assert_close(model(hidden, shown, task).prediction, expected)
+
+
+def test_variates_do_not_see_one_another(values_BCL) -> None:
+    model = model_of()
+    changed = values_BCL.clone()
+    changed[:, 1] += torch.randn(L)
+    for task in ("ahead", "fill"):
+        before, after = (
+            model(values, all_of(values), task).prediction for values in (values_BCL, changed)
+        )
+        assert torch.equal(before[:, 0], after[:, 0])
+        assert not torch.allclose(before[:, 1], after[:, 1])
+
+
+def test_patches_see_both_directions(values_BCL) -> None:
+    model = model_of()
+    for place in (0, L - 1):
+        changed = values_BCL.clone()
+        changed[0, 0, place] += 5
+        shown = all_of(values_BCL)
+        moved = (
+            model(changed, shown, "fill").prediction - model(values_BCL, shown, "fill").prediction
+        )
+        assert (moved[0, 0].abs() > 1e-4).all()
+
+
+def test_classes_do_not_depend_on_what_fills_a_short_case(values_BCL) -> None:
+    model, shown = model_of(normalises_windows=False), all_of(values_BCL)
+    shown[0, :, : 2 * P] = False
+    tokens = model(values_BCL, shown, "tell").tokens_BCND
+    pooled = model.heads["tell"](tokens, shown.unflatten(-1, (-1, P)).any(-1))
+    spoiled = tokens.clone()
+    spoiled[0, :, :2] = 1e3
+    again = model.heads["tell"](spoiled, shown.unflatten(-1, (-1, P)).any(-1))
+    torch.testing.assert_close(pooled, again)
+
+
+def test_window_of_which_nothing_is_shown_gives_finite_answers(values_BCL) -> None:
+    model = model_of()
+    for task in ("ahead", "fill", "tell"):
+        answer = model(values_BCL, ~all_of(values_BCL), task).prediction
+        assert answer.isfinite().all()
+
+
+def test_router_is_told_the_task(values_BCL) -> None:
+    told, untold = model_of(has_task_embedding=True), model_of()
+    for model, differs in ((told, True), (untold, False)):
+        scores = [
+            model(values_BCL, all_of(values_BCL), task).routings[0].scores_BCNE
+            for task in ("ahead", "fill")
+        ]
+        assert torch.equal(*scores) is not differs
+
+
+def test_heads_that_rest_have_a_gradient_of_zero(values_BCL) -> None:
+    model = model_of().train()
+    model(values_BCL, all_of(values_BCL), "ahead").prediction.square().sum().backward()
+    assert model.heads["ahead"].project.weight.grad.abs().sum() > 0
+    for task in ("fill", "tell"):
+        assert model.heads[task].project.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "router", [RecurrentRouterConfig(d_router=8, noise=1.0), LinearRouterConfig(noise=1.0)]
+)
+def test_recomputed_activations_give_the_same_gradient(values_BCL, router) -> None:
+    config = replace(CONFIG, feed_forward=replace(CONFIG.feed_forward, router=router))
+    gradients = []
+    for recomputes in (False, True):
+        model = build_model(config, seed=1, recomputes_activations=recomputes).train()
+        torch.manual_seed(3)  # of the noise
+        output = model(values_BCL, all_of(values_BCL), "ahead")
+        loss = output.prediction.square().mean()
+        loss = loss + sum(r.router_scores_BCNE.square().mean() for r in output.routings)
+        loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_dense_twin_routes_nothing(values_BCL) -> None:
+    model = model_of(feed_forward=DenseConfig(d_ff=32))
+    assert model.routers() == []
+    assert model(values_BCL, all_of(values_BCL), "ahead").routings == ()
+
+
+def test_seed_decides_the_weights() -> None:
+    first, again, other = (build_model(CONFIG, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.position.weight, again.position.weight)
+    assert not torch.equal(first.position.weight, other.position.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"context_length": 26}, ["26", "patch_length", "24", "28"]),
+        ({"context_length": 2}, ["context_length (2)", "patch"]),
+        ({"num_heads": 3}, ["d_model (16)", "num_heads (3)"]),
+        ({"dropout": 1.0}, ["dropout (1.0)"]),
+        (
+            {"has_task_embedding": True, "feed_forward": DenseConfig()},
+            ["has_task_embedding", "recurrent"],
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, words) -> None:
+    with pytest.raises(ValueError, match="must|only") as raised:
+        replace(CONFIG, **changes)
+    assert all(word in str(raised.value) for word in words)
+
+
+def test_windows_and_tasks_that_the_model_does_not_know_are_refused(values_BCL) -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match=r"20 points.*context_length \(24\)"):
+        model(values_BCL[..., :20], all_of(values_BCL)[..., :20], "fill")
+    for task in ("sing", None):
+        with pytest.raises(ValueError, match=r"task is .*ahead, fill, tell"):
+            model(values_BCL, all_of(values_BCL), task)
+    with pytest.raises(ValueError, match=r"1 variates.*made for 2"):
+        model(values_BCL[:, :1], all_of(values_BCL)[:, :1], "tell")
