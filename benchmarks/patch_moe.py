@@ -1,0 +1,234 @@
+"""Train PatchMoE on the sets of a task, with the routers that are to be compared, over seeds.
+
+Each cell of the results is one `tsmoe finetune` command, which they name; started again, runs that
+are done are not repeated. Writes results/patch_moe_TASK.json and a Markdown table beside it.
+
+    python benchmarks/patch_moe.py classification --data FOLDER --routers recurrent,linear
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, record
+from tsmoe.evaluate.baselines import season_length
+
+ROUTER = "model.feed_forward.router"
+# What each router is, over the preset's recurrent one with noise and one memory for all layers.
+ROUTERS: dict[str, list[str]] = {
+    "recurrent": [],
+    "no_noise": [f"{ROUTER}.noise=0"],
+    "memory_per_layer": [f"{ROUTER}.shares_memory=false"],
+    "linear": [f"{ROUTER}={{type: linear, top_k: 2}}"],
+    "linear_noise": [f"{ROUTER}={{type: linear, top_k: 2, noise: 1.0}}"],
+    "dense": [
+        "model.feed_forward={type: dense, d_ff: 384}",
+        "balance_loss.alpha=0",
+        "balance_loss.beta=0",
+    ],
+}
+# Double time stamps and gaps; the published tables take the rows as they stand.
+AS_IT_STANDS = {"weather": "10min", "exchange_rate": "D"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """The sets of a task."""
+
+    preset: str
+    task: str
+    folder: str
+    sets: dict[str, list[str]]
+    """Settings by set; its file is named like it, up to a colon."""
+    figures: tuple[str, ...]
+    """Of the table."""
+    settings: list[str] = field(default_factory=list)
+
+
+def _tables(task: str, names: tuple[str, ...]) -> dict[str, list[str]]:
+    found = {}
+    for name in names:
+        settings = []
+        if name in AS_IT_STANDS:
+            settings.append(f"tasks.{task}.ignores_time=true")
+            if task == "forecast":
+                settings.append(f"tasks.{task}.season={season_length(AS_IT_STANDS[name])}")
+        found[name] = settings
+    return found
+
+
+def _horizons(tables: dict[str, list[str]], horizons: tuple[int, ...]) -> dict[str, list[str]]:
+    return {
+        f"{name}:{horizon}": [*settings, f"tasks.forecast.prediction_length={horizon}"]
+        for name, settings in tables.items()
+        for horizon in horizons
+    }
+
+
+LTSF = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "weather", "exchange_rate")
+M4 = {"m4_hourly_train": 48, "m4_weekly_train": 13}
+SUITES = {
+    "forecast": Suite(
+        preset="patch_moe_forecast",
+        task="forecast",
+        folder="benchmarks",
+        sets=_horizons(_tables("forecast", LTSF), (96, 720)),
+        figures=("mse", "mae"),
+    ),
+    "series": Suite(
+        preset="patch_moe_univariate",
+        task="forecast",
+        folder="benchmarks",
+        sets={
+            name: [
+                "tasks.forecast.layout=series",
+                "tasks.forecast.is_univariate=false",
+                f"tasks.forecast.prediction_length={horizon}",
+                "tasks.forecast.loss=mae",
+            ]
+            for name, horizon in M4.items()
+        },
+        figures=("smape", "mase", "owa"),
+    ),
+    "anomaly": Suite(
+        preset="patch_moe_anomaly",
+        task="anomaly",
+        folder="tasks/anomaly",
+        sets={
+            "smd_6_machines": [],
+            "asd_8_servers": [],
+            "smap": [],
+            "msl": [],
+            "nab": ["tasks.anomaly.leaves_out_labelled=true"],
+            "cloud_monitoring": ["tasks.anomaly.leaves_out_labelled=true"],
+        },
+        figures=("auc_roc", "affiliation_f1", "vus_roc"),
+    ),
+    "imputation": Suite(
+        preset="patch_moe_imputation",
+        task="imputation",
+        folder="benchmarks",
+        sets=_tables("imputation", ("ETTh1", "ETTm1", "weather")),
+        figures=("masked_mse",),
+        settings=["tasks.imputation.mask.kinds=[points, blocks]"],
+    ),
+    "classification": Suite(
+        preset="patch_moe_classification",
+        task="classification",
+        folder="tasks/classification",
+        sets={
+            name: []
+            for name in (
+                "ACSF1", "ArrowHead", "BasicMotions", "Epilepsy", "GunPoint", "ItalyPowerDemand",
+                "JapaneseVowels", "OSULeaf", "PickupGestureWiimoteZ",
+            )
+        },
+        figures=("accuracy",),
+    ),
+}  # fmt: skip
+
+
+def run_cell(
+    suite: Suite, name: str, router: str, seed: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Train one cell, or read what an earlier start found."""
+    file = args.data / suite.folder / f"{name.partition(':')[0]}.parquet"
+    label = name.replace(":", "-")
+    run = args.out / f"{args.task}-{label}-{router}-{seed}"
+    test = []
+    if name in M4:
+        follows = file.with_name(file.name.replace("_train", "_test"))
+        test = [f"tasks.forecast.test_path={follows}"]
+    words = [
+        "tsmoe", "finetune", suite.preset, f"data={file}", f"run={run}", f"seed={seed}", *test,
+        *suite.settings, *suite.sets[name], *ROUTERS[router], *args.settings,
+    ]  # fmt: skip
+    begun, seconds = time.monotonic(), run / "seconds.json"
+    if not (run / "DONE").exists():
+        print(shlex.join(words), flush=True)
+        subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL)
+        seconds.write_text(json.dumps(round(time.monotonic() - begun)), encoding="utf-8")
+    found = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    return {
+        "set": name,
+        "router": router,
+        "seed": seed,
+        "command": shlex.join(words),
+        "seconds": json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else None,
+        "best_step": found["best_step"],
+        "validation_error": min(
+            e for e in found["validation_error"]["errors"].values() if e is not None
+        ),
+        "results": found["test"][suite.task]["results"],
+    }
+
+
+def markdown(suite: Suite, cells: list[dict[str, Any]]) -> str:
+    """Lay out a line for each set and setting, a column for each router and baseline."""
+    rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for cell in cells:
+        for result in cell["results"]:
+            where = " ".join(str(result[key]) for key in ("mask", "share") if key in result)
+            line = rows.setdefault(f"{cell['set']} {where}".strip(), {})
+            model = cell["router"] if result["model"] == "tsmoe" else result["model"]
+            line.setdefault(model, []).append(result)
+    models = list(dict.fromkeys(model for line in rows.values() for model in line))
+    lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
+    for name, line in rows.items():
+        texts = [_text(suite, line[model]) if model in line else "" for model in models]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    lines += ["", f"{', '.join(suite.figures)} on the test part; ± deviation over seeds."]
+    return "\n".join(lines) + "\n"
+
+
+def _text(suite: Suite, results: list[dict[str, Any]]) -> str:
+    texts = []
+    for figure in suite.figures:
+        values = [result[figure] for result in results if result.get(figure) is not None]
+        if not values:
+            texts.append("-")
+            continue
+        spread = f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
+        texts.append(f"{statistics.mean(values):.4f}{spread}")
+    return " / ".join(texts)
+
+
+def main() -> None:
+    """Train all cells and write what was found after each of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=SUITES)
+    parser.add_argument("--data", type=Path, required=True, help="folder with benchmarks/, tasks/")
+    parser.add_argument("--sets", help="of the task, as a,b (default: all)")
+    parser.add_argument("--routers", default="recurrent", help=f"of {', '.join(ROUTERS)}")
+    parser.add_argument("--seeds", default="0", help="such as 0,1,2")
+    parser.add_argument("--out", type=Path, default=Path("runs/patch_moe"), help="folder of runs")
+    parser.add_argument("--name", help="of the result files (default: patch_moe_TASK)")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for all cells")
+    args = parser.parse_intermixed_args()
+    suite = SUITES[args.task]
+    sets = list(suite.sets) if args.sets is None else args.sets.split(",")
+    if strangers := [name for name in sets if name not in suite.sets]:
+        parser.error(f"--sets: no {strangers[0]} in {args.task}; there are {', '.join(suite.sets)}")
+    name = args.name or f"patch_moe_{args.task}"
+    cells: list[dict[str, Any]] = []
+    for set_name in sets:
+        for router in args.routers.split(","):
+            for seed in args.seeds.split(","):
+                cells.append(run_cell(suite, set_name, router, int(seed), args))
+                record(name, {"cells": cells}, notes="one process of one thread")
+    path = RESULTS / f"{name}.md"
+    path.write_text(markdown(suite, cells), encoding="utf-8")
+    print(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
