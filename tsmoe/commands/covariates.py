@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from data_pipeline.table import Table
     from tsmoe.inference import Forecaster
+    from tsmoe.tasks.predictor import TaskForecaster
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,9 @@ def add_covariate_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_covariate_table(args: argparse.Namespace, forecaster: Forecaster) -> CovariateTable:
+def read_covariate_table(
+    args: argparse.Namespace, forecaster: Forecaster | TaskForecaster
+) -> CovariateTable:
     """Read targets and covariates: those of the options, else those the package learned with.
 
     Raises:
@@ -106,7 +109,7 @@ def read_covariate_table(args: argparse.Namespace, forecaster: Forecaster) -> Co
     )
 
 
-def seen_by(data: CovariateTable, forecaster: Forecaster) -> CovariateTable:
+def seen_by(data: CovariateTable, forecaster: Forecaster | TaskForecaster) -> CovariateTable:
     """Leave covariates out, and say so, where the package forecasts each variate by itself."""
     if not data.num_covariates or forecaster.mixes_variates:
         return data

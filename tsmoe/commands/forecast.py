@@ -68,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_output("--plot", args.plot, (".png",))
 
-    from tsmoe.inference import Forecaster
+    from tsmoe.tasks.predictor import load_forecaster
 
     split_names("--columns", args.columns)
-    forecaster = Forecaster.load(args.package, device=args.device)
+    forecaster = load_forecaster(args.package, device=args.device)
     data, future_FQ = split_future(read_covariate_table(args, forecaster), args.horizon)
     data = seen_by(data, forecaster)
     future_FQ = future_FQ[: data.num_known_future]

@@ -55,13 +55,14 @@ class ImputationTask:
         self.context_length = context_length
         self.loss_of_points = config.loss
         self.table, borders, self.scaler, scaled_LC = open_scaled(
-            config, path, context_length=1, prediction_length=context_length, table=table
+            config, path, context_length=context_length, prediction_length=1, table=table
         )
         self._store = WindowStore([scaled_LC], lead=0)
         parts = {
             "train": (0, borders.train_end),
-            "validation": (borders.train_end, borders.validation_end),
-            "test": (borders.validation_end, borders.test_end),
+            # They reach back over their border, as in TSLib; every window ends in its part.
+            "validation": (borders.train_end - context_length + 1, borders.validation_end),
+            "test": (borders.validation_end - context_length + 1, borders.test_end),
         }
         self._starts = {part: self._windows(part, *rows) for part, rows in parts.items()}
         self.num_train = len(self._starts["train"])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tsmoe.checkpoint.package import load_package
 from tsmoe.errors import CheckpointError, ConfigError
-from tsmoe.inference import Forecast, choose_device
+from tsmoe.inference import Forecast, Forecaster, choose_device
 from tsmoe.models.patch_moe import PatchMoE
 from tsmoe.nn.matmul import exact_onednn_matmul
 
@@ -92,8 +92,16 @@ class TaskForecaster:
     quantile_levels: tuple[float, ...] = ()
     mixes_variates = False
 
-    def __init__(self, predictor: TaskPredictor, task: str) -> None:
-        self.predictor, self.task = predictor, task
+    def __init__(self, predictor: TaskPredictor, task: str, *, standardises: bool = False) -> None:
+        """Take a task of a model.
+
+        Args:
+            predictor: of the model.
+            task: one that forecasts.
+            standardises: whether contexts come in any unit, and are brought to the one that the
+                model was trained in by their own mean and deviation.
+        """
+        self.predictor, self.task, self.standardises = predictor, task, standardises
         self.card = predictor.card
         self.context_length = predictor.context_length
         head = predictor.model.config.heads[task]
@@ -136,6 +144,11 @@ class TaskForecaster:
         if np.isinf(context_BCL).any():
             raise ConfigError("the context holds infinite values; mark them as missing (NaN)")
         context_BCL = context_BCL[:, : context_BCL.shape[1] - num_covariates]
+        loc_BC1: Floats | float = 0.0
+        scale_BC1: Floats | float = 1.0
+        if self.standardises:
+            loc_BC1, scale_BC1 = _own_scale(context_BCL[..., -self.context_length :])
+            context_BCL = ((context_BCL - loc_BC1) / scale_BC1).astype(np.float32)
         pieces: list[Floats] = []
         length = 0
         while length < prediction_length:
@@ -145,7 +158,34 @@ class TaskForecaster:
             length += piece_BCQ.shape[-1]
             context_BCL = np.concatenate((window_BCL, piece_BCQ), axis=-1)
         mean_BCQ = np.concatenate(pieces, axis=-1)[..., :prediction_length]
+        mean_BCQ = (mean_BCQ * scale_BC1 + loc_BC1).astype(np.float32)
         return Forecast(mean_BCQ=mean_BCQ, quantiles_BCQK=None)
+
+
+def _own_scale(context_BCL: Floats) -> tuple[Floats, Floats]:
+    """Return mean and deviation of what is observed; 0 and 1 where nothing is, or all is equal."""
+    is_seen_BCL = np.isfinite(context_BCL)
+    exact_BCL = np.where(is_seen_BCL, context_BCL, 0).astype(np.float64)
+    count_BC1 = np.maximum(is_seen_BCL.sum(-1, keepdims=True), 1)
+    loc_BC1 = exact_BCL.sum(-1, keepdims=True) / count_BC1
+    centred_BCL = np.where(is_seen_BCL, exact_BCL - loc_BC1, 0)
+    scale_BC1 = np.sqrt(np.square(centred_BCL).sum(-1, keepdims=True) / count_BC1)
+    return loc_BC1, np.where(scale_BC1 > 0, scale_BC1, 1.0)
+
+
+def load_forecaster(path: str | Path, *, device: str = "auto") -> Forecaster | TaskForecaster:
+    """Load a package of any model that forecasts.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+        ConfigError: if it does not forecast, or the device is not there.
+    """
+    chosen = choose_device(device)
+    model, card = load_package(Path(path))
+    if not isinstance(model, PatchMoE):
+        return Forecaster(model, card, chosen)
+    predictor = TaskPredictor(model, card, chosen)
+    return TaskForecaster(predictor, predictor.task("forecast"), standardises=True)
 
 
 def fit_length(values_BCL: Floats, length: int) -> Floats:

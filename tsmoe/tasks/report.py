@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+# More do not fit on a usual terminal.
+_MOST_COLUMNS = 7
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> RichTable:
-    """Lay out one row per model and one column per figure."""
+    """Lay out one row per model and one column per figure, or the other way round if many."""
     from rich.table import Table as RichTable
 
     columns = list(dict.fromkeys(key for row in results for key in row))
     table = RichTable()
+    if len(columns) > _MOST_COLUMNS:
+        table.add_column("")
+        for row in results:
+            table.add_column(_text(row.get("model")), justify="right")
+        for column in columns[1:]:
+            table.add_row(column.replace("_", " "), *(_text(row.get(column)) for row in results))
+        return table
     for column in columns:
         is_text = any(isinstance(row.get(column), str) for row in results)
         table.add_column(

@@ -91,6 +91,7 @@ class MetricsWriter:
         is_shown = step % self._log_every_steps == 0
         scalars: dict[str, float | None] = {
             "loss/train": report.loss,
+            **({"loss/regulariser": report.regulariser} if report.regulariser else {}),
             "optimizer/grad_norm": report.grad_norm,
             "optimizer/lr": report.lr,
             **speed.as_metrics(),
