@@ -360,7 +360,8 @@ class PatchMoEClassifier(ClassifierMixin, _TaskEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable class of each case."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        probability_BY = self.predict_proba(X)
+        return self.classes_[probability_BY.argmax(axis=1)]
 
 
 def _table(X: Any) -> Table:
