@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from tsmoe.config import Section
 
 
+Pooling = Literal["flatten", "mean_max"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForecastHeadConfig(Section):
     """All steps to forecast from all tokens of a variate."""
@@ -40,6 +43,9 @@ class ClassificationHeadConfig(Section):
     num_classes: int = 2
     num_variates: int = 1
     """Variates of a window; each has weights of its own."""
+    pooling: Pooling = "flatten"
+    """`flatten`: all tokens side by side, so that their places count; `mean_max`: mean and maximum
+    over the tokens of a variate. Ours: the maximum says what there is somewhere."""
     dropout: float = 0.1
     """On the pooled tokens, while training."""
 
@@ -73,17 +79,19 @@ class ReconstructionHead(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """Linear map from the mean and the maximum of each variate's tokens.
+    """Linear map from the tokens of all variates, flattened or pooled.
 
-    Ours: the mean says what there is, the maximum what there is somewhere; tokens of patches
-    without any observation count in neither, so that cases may differ in length.
+    Tokens of patches without any observation count as 0, or not at all where they are pooled, so
+    that cases may differ in length.
     """
 
-    def __init__(self, config: ClassificationHeadConfig, d_model: int) -> None:
+    def __init__(self, config: ClassificationHeadConfig, d_model: int, num_patches: int) -> None:
         super().__init__()
         self.num_variates = config.num_variates
+        self.pooling = config.pooling
         self.dropout = nn.Dropout(config.dropout)
-        self.project = nn.Linear(2 * config.num_variates * d_model, config.num_classes)
+        pooled = num_patches if config.pooling == "flatten" else 2
+        self.project = nn.Linear(pooled * config.num_variates * d_model, config.num_classes)
 
     def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor) -> Tensor:
         """Return logits_BY.
@@ -97,6 +105,9 @@ class ClassificationHead(nn.Module):
                 f"made for {self.num_variates}"
             )
         is_seen_BCN1 = is_seen_BCN[..., None]
+        if self.pooling == "flatten":
+            flat = torch.where(is_seen_BCN1, tokens_BCND, 0).flatten(1)
+            return self.project(self.dropout(flat))
         count_BC1 = is_seen_BCN1.sum(2).clamp(min=1)
         mean_BCD = torch.where(is_seen_BCN1, tokens_BCND, 0).sum(2) / count_BC1
         most_BCD = tokens_BCND.masked_fill(~is_seen_BCN1, -torch.inf).amax(2)
@@ -118,4 +129,4 @@ def build_task_head(
         case ReconstructionHeadConfig():
             return ReconstructionHead(d_model, patch_length)
         case ClassificationHeadConfig():
-            return ClassificationHead(config, d_model)
+            return ClassificationHead(config, d_model, num_patches)

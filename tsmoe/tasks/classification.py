@@ -87,6 +87,7 @@ class ClassificationTask:
         return ClassificationHeadConfig(
             num_classes=len(self.data.classes),
             num_variates=self._train_BCL.shape[1],
+            pooling=self.config.pooling,
             dropout=self.config.head_dropout,
         )
 

@@ -11,7 +11,7 @@ from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.errors import ConfigError
 from tsmoe.finetune.config import KeptCheckpointsConfig
 from tsmoe.finetune.guard import StoppingConfig
-from tsmoe.heads.task import TaskHeadConfig
+from tsmoe.heads.task import Pooling, TaskHeadConfig
 from tsmoe.models.patch_moe import PatchMoEConfig
 from tsmoe.moe.balance_loss import BalanceLossConfig
 from tsmoe.train.run_config import LoopConfig, check_batches, ranks_that_share_experts
@@ -148,6 +148,8 @@ class ClassificationTaskConfig(Section):
     """Of the training cases of each class, for early stopping."""
     fits_context: bool = True
     """Set `model.context_length` to the longest training case; the ends of longer ones are seen."""
+    pooling: Pooling = "flatten"
+    """What the head sees: all tokens side by side, or their mean and maximum (`mean_max`)."""
     head_dropout: float = 0.1
     """On what the head sees, while training."""
 

@@ -36,6 +36,9 @@ CONFIG = PatchMoEConfig(
         "ahead": ForecastHeadConfig(prediction_length=Q),
         "fill": ReconstructionHeadConfig(),
         "tell": ClassificationHeadConfig(num_classes=Y, num_variates=C, dropout=0.0),
+        "pool": ClassificationHeadConfig(
+            num_classes=Y, num_variates=C, dropout=0.0, pooling="mean_max"
+        ),
     },
 )
 
@@ -57,7 +60,7 @@ def all_of(values_BCL: Tensor) -> Tensor:
 
 def test_each_head_answers_in_its_own_shape(values_BCL) -> None:
     model = model_of()
-    shapes = {"ahead": (B, C, Q), "fill": (B, C, L), "tell": (B, Y)}
+    shapes = {"ahead": (B, C, Q), "fill": (B, C, L), "tell": (B, Y), "pool": (B, Y)}
     for task, shape in shapes.items():
         output = model(values_BCL, all_of(values_BCL), task)
         assert output.prediction.shape == shape
@@ -116,20 +119,21 @@ def test_patches_see_both_directions(values_BCL) -> None:
         assert (moved[0, 0].abs() > 1e-4).all()
 
 
-def test_classes_do_not_depend_on_what_fills_a_short_case(values_BCL) -> None:
+@pytest.mark.parametrize("head", ["tell", "pool"])
+def test_classes_do_not_depend_on_what_fills_a_short_case(values_BCL, head) -> None:
     model, shown = model_of(normalises_windows=False), all_of(values_BCL)
     shown[0, :, : 2 * P] = False
     tokens = model(values_BCL, shown, "tell").tokens_BCND
-    pooled = model.heads["tell"](tokens, shown.unflatten(-1, (-1, P)).any(-1))
+    pooled = model.heads[head](tokens, shown.unflatten(-1, (-1, P)).any(-1))
     spoiled = tokens.clone()
     spoiled[0, :, :2] = 1e3
-    again = model.heads["tell"](spoiled, shown.unflatten(-1, (-1, P)).any(-1))
+    again = model.heads[head](spoiled, shown.unflatten(-1, (-1, P)).any(-1))
     torch.testing.assert_close(pooled, again)
 
 
 def test_window_of_which_nothing_is_shown_gives_finite_answers(values_BCL) -> None:
     model = model_of()
-    for task in ("ahead", "fill", "tell"):
+    for task in ("ahead", "fill", "tell", "pool"):
         answer = model(values_BCL, ~all_of(values_BCL), task).prediction
         assert answer.isfinite().all()
 
@@ -148,7 +152,7 @@ def test_heads_that_rest_have_a_gradient_of_zero(values_BCL) -> None:
     model = model_of().train()
     model(values_BCL, all_of(values_BCL), "ahead").prediction.square().sum().backward()
     assert model.heads["ahead"].project.weight.grad.abs().sum() > 0
-    for task in ("fill", "tell"):
+    for task in ("fill", "tell", "pool"):
         assert model.heads[task].project.weight.grad.abs().sum() == 0
 
 
@@ -207,7 +211,7 @@ def test_windows_and_tasks_that_the_model_does_not_know_are_refused(values_BCL) 
     with pytest.raises(ValueError, match=r"20 points.*context_length \(24\)"):
         model(values_BCL[..., :20], all_of(values_BCL)[..., :20], "fill")
     for task in ("sing", None):
-        with pytest.raises(ValueError, match=r"task is .*ahead, fill, tell"):
+        with pytest.raises(ValueError, match=r"task is .*ahead, fill, tell, pool"):
             model(values_BCL, all_of(values_BCL), task)
     with pytest.raises(ValueError, match=r"1 variates.*made for 2"):
         model(values_BCL[:, :1], all_of(values_BCL)[:, :1], "tell")
