@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -156,6 +157,7 @@ def run_cell(
     if not (run / "DONE").exists():
         print(shlex.join(words), flush=True)
         subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # there are many runs
         seconds.write_text(json.dumps(round(time.monotonic() - begun)), encoding="utf-8")
     found = json.loads((run / "result.json").read_text(encoding="utf-8"))
     return {

@@ -52,6 +52,20 @@ class TaskObjective:
         return LossTerms(error_B=error_B, count_B=count_B, regulariser=regulariser)
 
 
+def validation_errors(prediction: Tensor, batch: WindowBatch) -> tuple[Tensor, Tensor]:
+    """Return the sum of errors of each window that a run is stopped and chosen by, and their count.
+
+    Of points squared errors; of classes the Brier score, the squared distance of probabilities from
+    the truth: unlike cross-entropy it does not grow without end where a few cases are missed by a
+    model that is sure of itself.
+    """
+    if batch.labels_B is None:
+        return task_errors(prediction, batch, kind="mse")
+    truth_BY = F.one_hot(batch.labels_B, prediction.shape[-1])
+    error_B = (prediction.softmax(-1) - truth_BY).square().sum(-1)
+    return error_B, torch.ones_like(batch.labels_B)
+
+
 def task_errors(
     prediction: Tensor, batch: WindowBatch, *, kind: PointLoss
 ) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ from tsmoe.tasks.config import (
 )
 from tsmoe.tasks.forecast import TableForecastTask
 from tsmoe.tasks.imputation import ImputationTask
-from tsmoe.tasks.objective import TaskObjective, task_errors
+from tsmoe.tasks.objective import TaskObjective, validation_errors
 from tsmoe.tasks.predictor import TaskPredictor
 from tsmoe.tasks.series import SeriesForecastTask
 from tsmoe.tasks.task import Task, TaskEvaluation
@@ -208,7 +208,7 @@ class TaskWork:
     def error(self, model: PatchMoE) -> float:
         """Return the mean over tasks of their validation errors. Collective.
 
-        Of points the mean squared error in the scaled unit, of classes the cross-entropy.
+        Of points the mean squared error in the scaled unit, of classes the Brier score.
         """
         errors = [self._error_of(model, task) for task in self.tasks.values()]
         return math.fsum(errors) / len(errors)
@@ -287,7 +287,7 @@ class TaskWork:
             batch = task.validation_batch(places[block]).to(ranks.device)
             with exact_onednn_matmul(ranks.device):
                 output = model(**model.arguments(batch))
-            error_B, count_B = task_errors(output.prediction, batch, kind="mse")
+            error_B, count_B = validation_errors(output.prediction, batch)
             counts_B = torch.from_numpy(is_own[block]).to(ranks.device)
             sums[0] += error_B.double()[counts_B].sum()
             sums[1] += count_B[counts_B].sum()
