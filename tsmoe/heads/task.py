@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tsmoe.config import Section
 
-
 Pooling = Literal["flatten", "mean_max"]
 
 
