@@ -90,7 +90,7 @@ def anomaly_cell(path: Path, scorer: Scorer) -> dict[str, Any]:
 
 
 def one_length(cases: CaseSet, length: int) -> np.ndarray:
-    """Return cases of one length: of longer ones the end, in shorter ones the last value goes on."""
+    """Return cases of one length: the end of longer ones, the last value repeated in others."""
     found = []
     for case_CL in cases.values:
         kept_CL = np.nan_to_num(case_CL[:, -length:])
