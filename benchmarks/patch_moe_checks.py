@@ -44,7 +44,7 @@ SWEEP = (0.0, 0.001, 0.01, 0.1, 1.0)
 TASKS = ("forecast", "imputation")
 SEEDS = (0, 1)
 # Windows and patches alike for both tasks, so that routing can be compared.
-ALIKE = ["model.patch_length=24", "model.context_length=336"]
+ALIKE = ["model.patch_length=48", "model.context_length=336"]
 WINDOWS = 64
 
 
