@@ -201,7 +201,7 @@ def test_seed_decides_the_weights() -> None:
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, words) -> None:
-    with pytest.raises(ValueError, match="must|only") as raised:
+    with pytest.raises(ValueError, match=r"must|only") as raised:
         replace(CONFIG, **changes)
     assert all(word in str(raised.value) for word in words)
 

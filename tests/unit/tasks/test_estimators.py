@@ -27,7 +27,11 @@ ROWS = 400
 def waves(rows: int = ROWS) -> np.ndarray:
     generator = np.random.default_rng(0)
     time = np.arange(rows)[:, None]
-    return 100 + 20 * np.sin(2 * np.pi * (time + [0, 6]) / 16) + generator.normal(size=(rows, 2))
+    return (
+        100
+        + 20 * np.sin(2 * np.pi * (time + np.array([0, 6])) / 16)
+        + generator.normal(size=(rows, 2))
+    )
 
 
 def cases(count: int = 24) -> tuple[list[np.ndarray], np.ndarray]:
