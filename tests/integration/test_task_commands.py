@@ -155,7 +155,7 @@ def refused(words: list[str], capsys) -> tuple[int, str]:
         ("forecast", ["tasks.forecast.columns=[nowhere]"], 2, ["nowhere", "wave 0"]),
         ("forecast", ["model=package"], 2, ["model=package", "from scratch"]),
         ("forecast", ["model.has_task_embedding=true"], 2, ["has_task_embedding", "one task"]),
-        ("forecast", ["model.context_length=30"], 2, ["context_length (30)", "24 and 32"]),
+        ("forecast", ["model.context_length=7"], 2, ["context_length (7)", "one patch"]),
         (
             "forecast",
             ["model.feed_forward.router={type: sequence}"],

@@ -68,13 +68,14 @@ class ForecastHead(nn.Module):
 class ReconstructionHead(nn.Module):
     """Linear map from a token to the points of its own patch."""
 
-    def __init__(self, d_model: int, patch_length: int) -> None:
+    def __init__(self, d_model: int, patch_length: int, context_length: int) -> None:
         super().__init__()
+        self.context_length = context_length
         self.project = nn.Linear(d_model, patch_length)
 
     def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor) -> Tensor:  # noqa: ARG002
-        """Return the points of the window, of shape (B, C, N*P), in normalised units."""
-        return self.project(tokens_BCND).flatten(2)
+        """Return points_BCL of the window in normalised units; L the context length."""
+        return self.project(tokens_BCND).flatten(2)[..., -self.context_length :]
 
 
 class ClassificationHead(nn.Module):
@@ -119,13 +120,18 @@ TaskHead = ForecastHead | ReconstructionHead | ClassificationHead
 
 
 def build_task_head(
-    config: TaskHeadConfig, *, d_model: int, num_patches: int, patch_length: int
+    config: TaskHeadConfig,
+    *,
+    d_model: int,
+    num_patches: int,
+    patch_length: int,
+    context_length: int,
 ) -> TaskHead:
     """Build the head that a config section describes."""
     match config:
         case ForecastHeadConfig():
             return ForecastHead(config, d_model, num_patches)
         case ReconstructionHeadConfig():
-            return ReconstructionHead(d_model, patch_length)
+            return ReconstructionHead(d_model, patch_length, context_length)
         case ClassificationHeadConfig():
             return ClassificationHead(config, d_model, num_patches)

@@ -43,7 +43,8 @@ class PatchMoEConfig(Section):
     patch_length: int = 24
     """Points in a patch; patches do not overlap."""
     context_length: int = 336
-    """Points of a window; a multiple of `patch_length`."""
+    """Points of a window. Where patches do not fit, the first one begins before the window, with
+    points that count as not observed."""
     d_model: int = 128
     num_layers: int = 2
     num_heads: int = 8
@@ -65,12 +66,6 @@ class PatchMoEConfig(Section):
                 f"context_length ({self.context_length}) must hold at least one patch "
                 f"(patch_length is {self.patch_length})"
             )
-        if self.context_length % self.patch_length:
-            below = self.context_length // self.patch_length * self.patch_length
-            raise ValueError(
-                f"context_length ({self.context_length}) must be a multiple of patch_length "
-                f"({self.patch_length}); nearest are {below} and {below + self.patch_length}"
-            )
         if min(self.d_model, self.num_layers, self.num_heads) < 1 or self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model ({self.d_model}), num_layers ({self.num_layers}) and num_heads "
@@ -89,7 +84,7 @@ class PatchMoEConfig(Section):
     @property
     def num_patches(self) -> int:
         """Tokens of a variate."""
-        return self.context_length // self.patch_length
+        return -(-self.context_length // self.patch_length)
 
     @property
     def patch_stride(self) -> int:
@@ -155,6 +150,7 @@ class PatchMoE(nn.Module):
                         d_model=config.d_model,
                         num_patches=config.num_patches,
                         patch_length=config.patch_length,
+                        context_length=config.context_length,
                     )
                     for name, head in config.heads.items()
                 }

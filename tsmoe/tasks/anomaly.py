@@ -210,7 +210,7 @@ class AnomalyTask:
         shown_BCW = np.ones(values_BCW.shape, bool)
         target_BCW = shown_BCW
         if self.config.hidden_share:
-            patches = self.context_length // self.patch_length
+            patches = -(-self.context_length // self.patch_length)
             hidden_BCN = np.stack(
                 [
                     generator_of(self.seed, *place).random((values_BCW.shape[1], patches))
@@ -218,7 +218,8 @@ class AnomalyTask:
                     for place in places
                 ]
             )
-            target_BCW = hidden_BCN.repeat(self.patch_length, axis=-1)
+            # Patches end with the window, as the model cuts them.
+            target_BCW = hidden_BCN.repeat(self.patch_length, axis=-1)[..., -self.context_length :]
             shown_BCW = ~target_BCW
         ends_B = starts_B + self.context_length - 1
         return points_batch(
@@ -266,7 +267,8 @@ def _turns(length: int, patch_length: int, hidden_share: float) -> Sequence[NDAr
     if not hidden_share:
         return [np.zeros(length, bool)]
     turns = max(2, round(1 / hidden_share))
-    patch_L = np.arange(length) // patch_length
+    # Counted from the end, with which patches end.
+    patch_L = np.arange(length)[::-1] // patch_length
     return [patch_L % turns == turn for turn in range(turns)]
 
 
