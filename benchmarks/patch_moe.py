@@ -9,6 +9,7 @@ are done are not repeated. Writes results/patch_moe_TASK.json and a Markdown tab
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import shutil
@@ -91,10 +92,8 @@ SUITES = {
         folder="benchmarks",
         sets={
             name: [
-                "tasks.forecast.layout=series",
-                "tasks.forecast.is_univariate=false",
+                "tasks.forecast.type=series",
                 f"tasks.forecast.prediction_length={horizon}",
-                "tasks.forecast.loss=mae",
             ]
             for name, horizon in M4.items()
         },
@@ -149,7 +148,9 @@ def run_cell(
     """Train one cell, or read what an earlier start found."""
     file = args.data / suite.folder / f"{name.partition(':')[0]}.parquet"
     label = name.replace(":", "-")
-    run = args.out / f"{args.task}-{label}-{router}-{seed}"
+    # Other settings are other runs.
+    mark = hashlib.sha256(repr(args.settings).encode()).hexdigest()[:8] if args.settings else ""
+    run = args.out / "-".join(filter(None, (args.task, label, router, str(seed), mark)))
     test = []
     if name in M4:
         follows = file.with_name(file.name.replace("_train", "_test"))

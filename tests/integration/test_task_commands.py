@@ -167,6 +167,13 @@ def refused(words: list[str], capsys) -> tuple[int, str]:
         ("imputation", ["tasks.imputation.mask.shares=[]"], 2, ["shares"]),
         ("anomaly", ["tasks.anomaly.label_column=nothing"], 2, ["nothing"]),
         ("anomaly", ["tasks.anomaly.validation_share=1"], 2, ["validation_share (1.0)"]),
+        ("anomaly", ["tasks.anomaly.hidden_share=0.9"], 2, ["hidden_share (0.9)", "0.5"]),
+        ("anomaly", ["tasks.anomaly.hidden_share=0.01"], 2, ["hidden_share (0.01)", "4 patches"]),
+        ("imputation", ["tasks.imputation.mask.shares=[1e-9]"], 2, ["shares", "96"]),
+        ("imputation", ["tasks.imputation.mask.block_length=50"], 2, ["block_length (50)", "32"]),
+        ("forecast", ["tasks.forecast.season=-5"], 2, ["season (-5)"]),
+        ("forecast", ["tasks.train={type: forecast}"], 2, ["'train' can be no name"]),
+        ("forecast", ["tasks.my_expert={type: forecast}"], 2, ["'my_expert'"]),
         ("classification", ["tasks.classification.validation_share=0"], 2, ["validation_share"]),
     ],
 )  # fmt: skip
@@ -264,7 +271,7 @@ def test_series_of_their_own_are_forecast(tmp_path, capsys) -> None:
         tmp_path / "c.yaml",
         "forecast",
         FASTER,
-        {"tasks": {"forecast": {"layout": "series", "prediction_length": 8, "season": 12}}},
+        {"tasks": {"forecast": {"type": "series", "prediction_length": 8, "season": 12}}},
     )
     words = ["finetune", config, f"data={tmp_path / 'train.parquet'}", f"run={tmp_path / 'run'}"]
     assert main([*words, f"tasks.forecast.test_path={tmp_path / 'test.parquet'}"]) == 0
@@ -272,3 +279,99 @@ def test_series_of_their_own_are_forecast(tmp_path, capsys) -> None:
     assert set(found) == {"tsmoe", "naive2", "naive"}
     assert found["naive2"]["owa"] == pytest.approx(1)
     assert found["tsmoe"]["mase"] < found["naive"]["mase"]
+    package = str(tmp_path / "run" / "package")
+    capsys.readouterr()
+    words = ["evaluate", package, "--task", "series", "--data", str(tmp_path / "train.parquet")]
+    assert main([*words, "--test-data", str(tmp_path / "test.parquet"), "--json", "-"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {row["model"]: row for row in again["results"]} == found
+
+
+def test_series_that_have_no_figures_are_left_out_and_counted(tmp_path) -> None:
+    wave = 10 + np.sin(np.arange(120) * 2 * np.pi / 12) + np.arange(120) / 50
+    kinds = {"fine": wave, "constant": np.full(120, 3.0), "gap": np.where(wave > 11, np.nan, wave)}
+    frame = pd.DataFrame(
+        {"item_id": list(kinds), "target": [v.astype(np.float32) for v in kinds.values()]}
+    )
+    frame.to_parquet(tmp_path / "series.parquet")
+    config = write_config(
+        tmp_path / "c.yaml",
+        "forecast",
+        {"tasks": {"forecast": {"type": "series", "prediction_length": 8, "season": 12}}},
+    )
+    words = ["finetune", config, f"data={tmp_path / 'series.parquet'}", f"run={tmp_path / 'run'}"]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "run" / "result.json").read_text())["test"]["forecast"]
+    assert (found["series"], found["series_left_out"]) == (1, 2)
+
+
+def test_packages_of_several_tasks_are_evaluated_by_kind_or_name(files, tmp_path, capsys) -> None:
+    config = write_config(
+        tmp_path / "c.yaml",
+        "forecast",
+        {"model": {"has_task_embedding": True},
+         "tasks": {"imputation": TASKS["imputation"], "far": {**TASKS["forecast"],
+                                                              "prediction_length": 24}}},
+    )  # fmt: skip
+    run, data = tmp_path / "run", str(files["forecast"])
+    assert main(["finetune", config, f"data={data}", f"run={run}"]) == 0
+    test = json.loads((run / "result.json").read_text())["test"]
+    for task, name in (("imputation", "imputation"), ("far", "far"), ("forecast", "forecast")):
+        capsys.readouterr()
+        words = ["evaluate", str(run / "package"), "--task", task, "--data", data, "--json", "-"]
+        assert main(words) == 0
+        assert json.loads(capsys.readouterr().out) == test[name]
+
+
+def test_tasks_in_another_order_are_another_run(files, tmp_path, capsys) -> None:
+    orders = [("forecast", "imputation"), ("imputation", "forecast")]
+    for number, names in enumerate(orders):
+        path = tmp_path / f"{number}.yaml"
+        tasks = {name: TASKS[name] for name in names}
+        settings = merge_layers({"run": "unused"}, SMALL, {"tasks": tasks})
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        words = ["finetune", str(path), f"data={files['forecast']}", f"run={tmp_path / 'run'}"]
+        capsys.readouterr()
+        assert main(words) == (3 if number else 0)
+    assert "order of tasks" in capsys.readouterr().err
+
+
+def test_the_same_file_by_another_path_is_evaluated_alike(
+    files, tmp_path, capsys, monkeypatch
+) -> None:
+    config = write_config(
+        tmp_path / "c.yaml", "forecast", {"tasks": {"forecast": {"columns": ["wave 1"]}}}
+    )
+    data = files["forecast"]
+    assert main(["finetune", config, f"data={data}", f"run={tmp_path / 'run'}"]) == 0
+    monkeypatch.chdir(data.parent)
+    found = []
+    for spelled in (str(data), data.name, f"./{data.name}"):
+        capsys.readouterr()
+        words = ["evaluate", str(tmp_path / "run" / "package"), "--data", spelled, "--json", "-"]
+        assert main(words) == 0
+        found.append(json.loads(capsys.readouterr().out)["variates"])
+    assert found[0] == found[1] == found[2]
+    assert list(found[0]) == ["wave 1"]
+
+
+def test_cases_of_another_length_are_evaluated(trained, tmp_path, capsys) -> None:
+    frame = pd.read_parquet(write_shapes(tmp_path / "s.parquet"))
+    frame["dims"] = [[np.tile(channel, 2) for channel in case] for case in frame["dims"]]
+    frame.to_parquet(tmp_path / "long.parquet")
+    package = str(trained["classification"] / "package")
+    words = ["evaluate", package, "--task", "classification", "--data"]
+    assert main([*words, str(tmp_path / "long.parquet"), "--json", "-"]) == 0
+
+
+def test_value_out_of_all_proportion_scores_highest_and_breaks_nothing(files, tmp_path) -> None:
+    frame = pd.read_parquet(files["anomaly"])
+    places = frame.index[(frame["split"] == "test") & (frame["label"] == 1)][:1]
+    frame.loc[places, "f0"] = 3e38
+    frame.to_parquet(tmp_path / "m.parquet")
+    config = write_config(tmp_path / "c.yaml", "anomaly")
+    words = ["finetune", config, f"data={tmp_path / 'm.parquet'}", f"run={tmp_path / 'run'}"]
+    assert main(words) == 0
+    text = (tmp_path / "run" / "result.json").read_text()
+    assert "Infinity" not in text
+    assert "NaN" not in text

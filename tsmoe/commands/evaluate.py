@@ -40,9 +40,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("package", help="folder of the package")
     parser.add_argument(
         "--task",
-        choices=["forecast", "imputation", "anomaly", "classification"],
         default="forecast",
-        help="all but forecast are for packages of patch_moe (default: forecast)",
+        metavar="TASK",
+        help="forecast, or of packages of patch_moe also series, imputation, anomaly, "
+        "classification, or the name of one of its tasks (default: forecast)",
     )
     parser.add_argument("--data", required=True, help="CSV or Parquet table, one row per time step")
     parser.add_argument(

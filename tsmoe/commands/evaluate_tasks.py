@@ -34,6 +34,8 @@ def evaluate_tasks(
             )
     if args.protocol == "gift":
         raise ConfigError("--protocol gift is for packages of time_tracker; use ltsf or tfb")
+    if args.protocol == "tfb" and args.task != "forecast":
+        raise ConfigError(f"--protocol tfb is for forecasts, but --task is {args.task}")
     if args.context not in (None, predictor.context_length):
         raise ConfigError(
             f"--context is {args.context}, but the package sees {predictor.context_length} steps; "
@@ -47,7 +49,7 @@ def evaluate_tasks(
         time_column=args.time_column,
         ignores_time=args.ignore_time,
         split=split,
-        prediction_length=args.horizon if args.task == "forecast" else None,
+        prediction_length=args.horizon,
         test_path=args.test_data,
     )
     evaluation = task.evaluate(predictor)

@@ -25,7 +25,7 @@ from tsmoe.engine.build import build_engine
 from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.engine.protocol import Engine
 from tsmoe.errors import CheckpointError, TrainingError
-from tsmoe.finetune.guard import Guard, StoppingConfig
+from tsmoe.finetune.guard import Guard, PatienceConfig
 from tsmoe.finetune.trainable import count_trainable
 from tsmoe.models import ModelConfig
 from tsmoe.ranks import Ranks
@@ -54,7 +54,7 @@ class CourseConfig(Protocol):
     """The sections that every such run has."""
 
     @property
-    def stopping(self) -> StoppingConfig: ...
+    def stopping(self) -> PatienceConfig: ...
     @property
     def schedule(self) -> ScheduleConfig: ...
     @property

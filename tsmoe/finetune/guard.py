@@ -9,16 +9,13 @@ from tsmoe.config import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoppingConfig(Section):
-    """Early stop by the forecast error on the validation part."""
+class PatienceConfig(Section):
+    """Early stop by the error on the validation part."""
 
     patience: int = 6
     """Validations in a row without a new best one before training ends."""
     max_windows: int = 1024
-    """Validation windows that are forecast each time, uniformly spaced."""
-    mixes_with_start: bool = True
-    """Hand over weights on the way from the start's to the learned: that of 25, 50, 75 and 100 %
-    which validates best (WiSE-FT, arXiv 2109.01903)."""
+    """Validation windows that are used each time, uniformly spaced."""
 
     def __post_init__(self) -> None:
         if self.patience < 1 or self.max_windows < 1:
@@ -26,6 +23,15 @@ class StoppingConfig(Section):
                 f"patience ({self.patience}) and max_windows ({self.max_windows}) must be at "
                 "least 1"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingConfig(PatienceConfig):
+    """Early stop of what begins with a start that is good already."""
+
+    mixes_with_start: bool = True
+    """Hand over weights on the way from the start's to the learned: that of 25, 50, 75 and 100 %
+    which validates best (WiSE-FT, arXiv 2109.01903)."""
 
 
 @dataclass

@@ -248,6 +248,8 @@ class PatchMoE(nn.Module):
     ) -> Tensor:
         """Return 0 that depends on the heads that rest, so that ranks exchange their gradients.
 
+        Their gradient is zero; AdamW's momentum and decay still move them a little.
+
         The heads are called, as DeepSpeed's stage 3 gathers weights where modules are.
         """
         nothing = torch.zeros((), device=tokens_BCND.device)

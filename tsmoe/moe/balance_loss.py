@@ -53,7 +53,10 @@ def temporal_channel_loss(
     part is. A part whose groups hold a single token (one window of one patch, or one window of one
     variate) is 0: one token cannot be spread.
 
-    Collective. Micro-batches of one step are balanced one by one.
+    Tokens of patches that are hidden or missing count as any other: they are routed.
+
+    Collective. Over ranks it is the loss of the global batch; micro-batches of one step are
+    balanced one by one, so that accumulation changes it a little.
 
     Args:
         routings: of the expert layers; every rank has as many variates and patches.

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tsmoe.batch import WindowBatch
-from tsmoe.errors import DataError
+from tsmoe.errors import ConfigError, DataError
 from tsmoe.evaluate.anomaly_metrics import anomaly_scores, auc_roc, threshold_at
 from tsmoe.evaluate.protocol import Scaler, fit_scaler
 from tsmoe.heads.task import ReconstructionHeadConfig
@@ -21,11 +23,18 @@ from tsmoe.tasks.anomaly_data import AnomalyData, Entity, labelled_in_train, rea
 from tsmoe.tasks.config import AnomalyTaskConfig
 from tsmoe.tasks.predictor import TaskPredictor
 from tsmoe.tasks.task import MODEL, TaskEvaluation
-from tsmoe.tasks.windows import Floats, Integers, WindowStore, generator_of, points_batch
+from tsmoe.tasks.windows import (
+    Floats,
+    Integers,
+    WindowStore,
+    bounded,
+    generator_of,
+    points_batch,
+)
 
 # What random numbers are drawn for.
 _TRAINING, _VALIDATION = 1, 2
-# Training windows begin at every row, validation windows each such part of a window further.
+# Training windows begin at every row, validation windows such a part of a window further.
 _VALIDATION_STRIDES = 4
 
 
@@ -65,6 +74,11 @@ class AnomalyTask:
                 time_column=config.time_column,
                 train_share=config.train_share,
             )
+            if not any(entity.test_is_anomaly_L.any() for entity in data.entities):
+                raise DataError(
+                    f"{path}: no row of the test part is labelled as an anomaly, so there is "
+                    "nothing to judge a detector by; label some, or give another split"
+                )
         self.data = data
         labelled = labelled_in_train(self.data)
         if labelled and not config.leaves_out_labelled:
@@ -73,6 +87,12 @@ class AnomalyTask:
                 f"be learned as usual; set tasks.{name}.leaves_out_labelled=true to learn from the "
                 "other rows alone, or give a train part without them"
             )
+        num_patches = -(-context_length // patch_length)
+        if config.hidden_share and round(1 / config.hidden_share) > num_patches:
+            raise ConfigError(
+                f"tasks.{name}.hidden_share ({config.hidden_share}) of a window's {num_patches} "
+                f"patches hides none; use {1 / num_patches:.2g} or more, or 0"
+            )
         scaled = [self._scale(entity) for entity in self.data.entities]
         self._scaled = [parts for parts, _ in scaled]
         self.scalers = [scaler for _, scaler in scaled]
@@ -80,13 +100,15 @@ class AnomalyTask:
         trains = [train_LC for train_LC, _ in self._scaled]
         self._store = WindowStore(trains, lead=context_length)
         train, validation = [], []
+        self._borders_M: list[int] = []
+        """Of each validation window: the row of the store from which on it validates."""
         for number, train_LC in enumerate(trains):
             border = int(len(train_LC) * (1 - config.validation_share))
             train.append(self._starts(number, 0, border, step=1))
-            step = max(1, context_length // _VALIDATION_STRIDES)
-            validation.append(self._starts(number, border, len(train_LC), step=step))
+            validation.append(self._validation_starts(number, border, len(train_LC)))
+            self._borders_M += [self._store.offsets[number] + border] * len(validation[-1])
         self._train_M = self._recorded(np.concatenate(train))
-        self._validation_M = self._recorded(np.concatenate(validation))
+        self._validation_M = np.concatenate(validation)
         self.num_train, self.num_validation = len(self._train_M), len(self._validation_M)
         if not self.num_train or not self.num_validation:
             raise DataError(f"{path}: nothing is recorded in the train part; there must be values")
@@ -104,9 +126,13 @@ class AnomalyTask:
 
     def validation_batch(self, places: Integers) -> WindowBatch:
         """Cut validation windows; the same patches are hidden each time."""
-        return self._batch(
-            self._validation_M[places], [(_VALIDATION, int(place)) for place in places]
-        )
+        starts_B = self._validation_M[places]
+        batch = self._batch(starts_B, [(_VALIDATION, int(place)) for place in places])
+        # A window that begins before the validation part shows rows that were learned from.
+        first_B = np.asarray(self._borders_M)[places] - starts_B
+        is_own_BL = np.arange(self.context_length) >= first_B[:, None]
+        is_target_BCL = batch.is_target_BCL & torch.from_numpy(is_own_BL)[:, None]
+        return replace(batch, is_target_BCL=is_target_BCL)
 
     def series_name(self, number: int) -> str:
         """Name an entity."""
@@ -133,13 +159,14 @@ class AnomalyTask:
         found, labels = [], []
         by_entity: dict[str, float | None] = {}
         for entity, (_, test_LC) in zip(self.data.entities, self._scaled, strict=True):
-            scores_L = self.scores(predictor, test_LC)
+            # A row of which nothing is recorded is no more unusual than any other.
+            scores_L = np.nan_to_num(self.scores(predictor, test_LC), nan=0.0)
             is_anomaly_L = entity.test_is_anomaly_L
             found.append(scores_L)
             labels.append(is_anomaly_L)
             has_both = is_anomaly_L.any() and not is_anomaly_L.all()
             by_entity[entity.name] = auc_roc(scores_L, is_anomaly_L) if has_both else None
-        threshold = threshold_at(self.usual_scores(predictor), self.config.flagged_share)
+        threshold = self.threshold(predictor)
         row = score_row(
             MODEL, np.concatenate(found), np.concatenate(labels), threshold, self.source
         )
@@ -167,13 +194,21 @@ class AnomalyTask:
             hidden_share=self.config.hidden_share,
         )
 
-    def usual_scores(self, predictor: TaskPredictor) -> NDArray[np.float64]:
-        """Return the scores of the validation parts: what the threshold is chosen on."""
+    def threshold(self, predictor: TaskPredictor) -> float:
+        """Choose the threshold by the scores of the validation parts.
+
+        Raises:
+            DataError: if nothing is recorded there, or a score is not finite.
+        """
         found = []
         for train_LC, _ in self._scaled:
             border = int(len(train_LC) * (1 - self.config.validation_share))
             found.append(self.scores(predictor, train_LC[border:]))
-        return np.concatenate(found)
+        usual_L = np.concatenate(found)
+        try:
+            return threshold_at(usual_L[~np.isnan(usual_L)], self.config.flagged_share)
+        except ValueError as error:
+            raise DataError(f"{self.source}, validation part: {error}") from error
 
     def _scale(self, entity: Entity) -> tuple[tuple[Floats, Floats], Scaler]:
         train_LC = entity.train_LC
@@ -194,12 +229,20 @@ class AnomalyTask:
         mean_C, std_C = (np.full(len(is_known_C), np.nan) for _ in range(2))
         mean_C[is_known_C], std_C[is_known_C] = scaler.mean_C, scaler.std_C
         whole = Scaler(mean_C=mean_C, std_C=std_C)
-        return (whole.scale(train_LC), whole.scale(entity.test_LC)), whole
+        parts = [bounded((part - mean_C) / std_C) for part in (train_LC, entity.test_LC)]
+        return (parts[0], parts[1]), whole
 
     def _starts(self, number: int, first: int, end: int, *, step: int) -> Integers:
         """Return windows that end in some rows; a part shorter than a window gives one."""
         last = end - self.context_length
         return self._store.starts(number, min(first, last), last, step=step)
+
+    def _validation_starts(self, number: int, border: int, end: int) -> Integers:
+        """Return overlapping windows over the validation part; the last one ends with it."""
+        step = max(1, self.context_length // _VALIDATION_STRIDES)
+        last = end - self.context_length
+        count = -(-max(0, last - border) // step)  # the first one holds the border
+        return self._store.offsets[number] + last - step * np.arange(count, -1, -1, dtype=np.int64)
 
     def _recorded(self, starts_M: Integers) -> Integers:
         recorded_M = self._store.count_recorded(starts_M, 0, self.context_length)
@@ -243,7 +286,7 @@ def reconstruction_scores(
 
     Windows follow one another without overlap and end at the last row. With patches hidden in
     training, each is reconstructed from others: patches are hidden in turns, that share of them in
-    each. A row of which nothing is recorded has the score 0.
+    each. A row of which nothing is recorded has no score: NaN.
     """
     context, length = predictor.context_length, len(values_LC)
     count = -(-length // context)
@@ -259,7 +302,8 @@ def reconstruction_scores(
     errors_LC = errors_BCL.transpose(0, 2, 1).reshape(-1, values_BCL.shape[1])[-length:]
     is_recorded_LC = np.isfinite(values_LC)
     total_L = np.where(is_recorded_LC, errors_LC, 0).sum(axis=1)
-    return total_L / np.maximum(is_recorded_LC.sum(axis=1), 1)
+    count_L = is_recorded_LC.sum(axis=1)
+    return np.where(count_L > 0, total_L / np.maximum(count_L, 1), np.nan)
 
 
 def _turns(length: int, patch_length: int, hidden_share: float) -> Sequence[NDArray[np.bool_]]:

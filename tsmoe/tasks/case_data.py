@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.table_file import is_parquet, read_columns
-from tsmoe.errors import ConfigError, DataError
+from tsmoe.errors import DataError
 from tsmoe.tasks.task_file import (
     listed,
     nested_float_lists,
@@ -148,30 +148,6 @@ def cases_from_arrays(
     else:
         known = np.asarray(classes)
     return CaseSet(values=values, labels=_number(names.tolist(), known.tolist(), "y")), known
-
-
-def pad_left(values: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bring cases to one length: each ends at the last step, of longer ones the end is kept.
-
-    Args:
-        values: values_CL of each case; NaN where not observed.
-
-    Returns:
-        values_BCL: float32; 0 where not observed.
-        observed_BCL: bool; False before a case begins and where it is NaN.
-
-    Raises:
-        ConfigError: if the length is below 1.
-    """
-    if length < 1:
-        raise ConfigError(f"length must be at least 1 step, got {length}")
-    num_variates = values[0].shape[0] if values else 0
-    values_BCL = np.full((len(values), num_variates, length), np.nan, np.float32)
-    for index, values_CL in enumerate(values):
-        kept_CL = values_CL[:, -length:]
-        values_BCL[index, :, length - kept_CL.shape[1] :] = kept_CL
-    observed_BCL = ~np.isnan(values_BCL)
-    return np.where(observed_BCL, values_BCL, np.float32(0)), observed_BCL
 
 
 def _to_arrays(cases: Any) -> list[np.ndarray]:

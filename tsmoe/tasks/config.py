@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from torch import nn
 
 from tsmoe.config import Section, decode, merge_layers, parse_override
 from tsmoe.engine import EngineConfig, PlainEngineConfig
 from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.errors import ConfigError
 from tsmoe.finetune.config import KeptCheckpointsConfig
-from tsmoe.finetune.guard import StoppingConfig
+from tsmoe.finetune.guard import PatienceConfig
 from tsmoe.heads.task import Pooling, TaskHeadConfig
 from tsmoe.models.patch_moe import PatchMoEConfig
 from tsmoe.moe.balance_loss import BalanceLossConfig
@@ -18,6 +21,15 @@ from tsmoe.train.run_config import LoopConfig, check_batches, ranks_that_share_e
 from tsmoe.train.schedule import BalanceConfig, ScheduleConfig
 
 PointLoss = Literal["mse", "mae"]
+
+
+def check_forecast(prediction_length: int, head_dropout: float, season: int | None) -> None:
+    """Refuse lengths below 1."""
+    if prediction_length < 1 or (season is not None and season < 1):
+        raise ValueError(
+            f"prediction_length ({prediction_length}) and season ({season}) must be at least 1"
+        )
+    check_dropout(head_dropout)
 
 
 def check_dropout(head_dropout: float) -> None:
@@ -28,15 +40,11 @@ def check_dropout(head_dropout: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastTaskConfig(Section):
-    """Forecast a table, or many series of their own."""
+    """Forecast the variates of a table."""
 
     type: Literal["forecast"] = "forecast"
     path: str | None = None
-    """Table with one row per time, or, with layout `series`, one series per row (`item_id`,
-    `target`); null: the run's `data`."""
-    layout: Literal["table", "series"] = "table"
-    test_path: str | None = None
-    """What follows each series, for layout `series`; null: its last points are kept for that."""
+    """Table with one row per time; null: the run's `data`."""
     prediction_length: int = 96
     """Steps to forecast."""
     loss: PointLoss = "mse"
@@ -55,11 +63,29 @@ class ForecastTaskConfig(Section):
     """Rows in a season, for baselines; null: the usual one of the interval."""
 
     def __post_init__(self) -> None:
-        if self.prediction_length < 1:
-            raise ValueError(f"prediction_length ({self.prediction_length}) must be at least 1")
-        check_dropout(self.head_dropout)
-        if self.test_path is not None and self.layout != "series":
-            raise ValueError(f"test_path ({self.test_path}) is for layout=series; leave it out")
+        check_forecast(self.prediction_length, self.head_dropout, self.season)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesTaskConfig(Section):
+    """Forecast many univariate series, each with a test part of its own."""
+
+    type: Literal["series"] = "series"
+    path: str | None = None
+    """Parquet with one series per row (`item_id`, `target`); null: the run's `data`."""
+    test_path: str | None = None
+    """What follows each series; null: its last points are kept for that."""
+    prediction_length: int = 48
+    """Steps to forecast."""
+    loss: PointLoss = "mae"
+    head_dropout: float = 0.0
+    """On the tokens that the head sees, while training."""
+    season: int | None = None
+    """Points in a season, for errors and baselines; null: that of the interval, 1 for weeks (as in
+    the M4 competition)."""
+
+    def __post_init__(self) -> None:
+        check_forecast(self.prediction_length, self.head_dropout, self.season)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +159,11 @@ class AnomalyTaskConfig(Section):
                 f"validation_share ({self.validation_share}) and flagged_share "
                 f"({self.flagged_share}) must lie between 0 and 1"
             )
-        if not 0 <= self.hidden_share < 1:
-            raise ValueError(f"hidden_share ({self.hidden_share}) must be at least 0 and below 1")
+        if not 0 <= self.hidden_share <= 0.5:
+            raise ValueError(
+                f"hidden_share ({self.hidden_share}) must be at least 0 and at most 0.5: patches "
+                "are scored in turns, each from at least as many others"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +189,11 @@ class ClassificationTaskConfig(Section):
 
 
 TaskConfig = (
-    ForecastTaskConfig | ImputationTaskConfig | AnomalyTaskConfig | ClassificationTaskConfig
+    ForecastTaskConfig
+    | SeriesTaskConfig
+    | ImputationTaskConfig
+    | AnomalyTaskConfig
+    | ClassificationTaskConfig
 )
 
 
@@ -171,19 +204,6 @@ class TaskTrainingConfig(LoopConfig):
     global_batch_size: int = 32
     micro_batch_size: int = 32
     validate_every_steps: int = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskStoppingConfig(StoppingConfig):
-    """Early stop by the error on the validation part."""
-
-    mixes_with_start: bool = False
-    """There is no start to mix with."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mixes_with_start:
-            raise ValueError("mixes_with_start is true, but these runs train from scratch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +220,7 @@ class TaskRunConfig(Section):
     """By name; a model may serve several."""
     balance_loss: BalanceLossConfig = field(default_factory=BalanceLossConfig)
     training: TaskTrainingConfig = field(default_factory=TaskTrainingConfig)
-    stopping: TaskStoppingConfig = field(default_factory=TaskStoppingConfig)
+    stopping: PatienceConfig = field(default_factory=PatienceConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-4))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     balance: BalanceConfig = field(default_factory=lambda: BalanceConfig(rate=0.0))
@@ -221,8 +241,13 @@ class TaskRunConfig(Section):
                 "them out"
             )
         for name, task in self.tasks.items():
-            if "." in name or not name:
-                raise ValueError(f"tasks: {name!r} must be a name without dots")
+            # Names are parts of parameters' names, where `expert` has a meaning.
+            is_taken = hasattr(nn.ModuleDict, name) or name == "training" or "expert" in name
+            if not re.fullmatch("[a-z][a-z0-9_]*", name) or is_taken:
+                raise ValueError(
+                    f"tasks: {name!r} can be no name; use small letters, digits and _, no word of "
+                    "torch's modules such as type or train, and nothing with expert"
+                )
             if task.path is None and self.data is None:
                 raise ValueError(f"no file is given for task {name}; add data=FILE")
         if self.model.has_task_embedding and len(self.tasks) == 1:

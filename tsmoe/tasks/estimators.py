@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin, TransformerMixin
 from sklearn.exceptions import NotFittedError
 
-from data_pipeline.table import Table
 from tsmoe.errors import ConfigError, DataError
-from tsmoe.evaluate.anomaly_metrics import auc_roc, threshold_at
+from tsmoe.evaluate.anomaly_metrics import auc_roc
 from tsmoe.evaluate.protocol import Scaler
 from tsmoe.inference import choose_device
 from tsmoe.tasks.anomaly import AnomalyTask
 from tsmoe.tasks.anomaly_data import AnomalyData, Entity
+from tsmoe.tasks.arrays import ARRAY, check_variates, flags_of, rows_of, split_all, table_of
 from tsmoe.tasks.case_data import CaseData, cases_from_arrays
 from tsmoe.tasks.classification import ClassificationTask
 from tsmoe.tasks.config import (
     AnomalyTaskConfig,
     ClassificationTaskConfig,
-    ForecastTaskConfig,
-    ImputationTaskConfig,
     TaskRunConfig,
     resolve_tasks,
 )
@@ -38,14 +38,17 @@ from tsmoe.tasks.imputation import ImputationTask, draw_mask
 from tsmoe.tasks.predictor import Floats, TaskForecaster, TaskPredictor
 from tsmoe.tasks.run import train_tasks
 from tsmoe.tasks.task import Task
-from tsmoe.tasks.windows import generator_of
+from tsmoe.tasks.windows import bounded, generator_of
+from tsmoe.train.loop import Outcome
 from tsmoe.train.run_config import FINE_TUNING, read_preset
 
 logger = logging.getLogger(__name__)
 
-_ARRAY = "X"
 # Windows that pass the model together.
 _BLOCK = 256
+# Settings that say what is where in a file.
+_OF_FILES = ("path", "columns", "time_column", "ignores_time", "entity_column", "label_column",
+             "split_column", "train_share", "leaves_out_labelled")  # fmt: skip
 
 
 class _TaskEstimator(BaseEstimator):
@@ -77,21 +80,43 @@ class _TaskEstimator(BaseEstimator):
 
     def _config(self, folder: str) -> TaskRunConfig:
         preset = read_preset(self._preset, FINE_TUNING)
-        given = [*self.settings, f"run={folder}", f"data={_ARRAY}", f"seed={self.seed}",
+        given = [*self.settings, f"run={folder}", f"data={ARRAY}", f"seed={self.seed}",
                  f"training.device={self.device}"]  # fmt: skip
         return resolve_tasks(preset, self._preset, given)
 
-    def _fit(self, make_task: Any) -> Self:  # a function of a TaskRunConfig
-        with tempfile.TemporaryDirectory(prefix="tsmoe-") as temporary:
+    def _fit(self, make_task: Callable[[TaskRunConfig], Task]) -> Self:
+        # Training draws from torch's own random numbers, which are those of the user.
+        with (
+            tempfile.TemporaryDirectory(prefix="tsmoe-") as temporary,
+            torch.random.fork_rng(devices=[]),
+        ):
             config = self._config(str(Path(temporary) / "run") if self.run is None else self.run)
-            task: Task = make_task(config)
-            _, result = train_tasks(config, {self._task: task}, evaluates=False)
+            self._check(config)
+            task = make_task(config)
+            outcome, result = train_tasks(config, {self._task: task}, evaluates=False)
+        if outcome is Outcome.STOPPED:
+            raise KeyboardInterrupt("fit was interrupted")
         assert result is not None, "one process: it is the first"
         card = {"tasks": {self._task: task.card()}}
         self.task_ = task
         self.predictor_ = TaskPredictor(result.model, card, choose_device(self.device))
         self.best_step_ = result.best_step
         return self
+
+    def _check(self, config: TaskRunConfig) -> None:
+        """Refuse settings that arrays have no use for."""
+        usual = read_preset(self._preset, FINE_TUNING)["tasks"][self._task]["type"]
+        task = config.tasks.get(self._task)
+        if len(config.tasks) != 1 or task is None or task.type != usual:
+            raise ConfigError(
+                f"settings: {type(self).__name__} has one task, {self._task} of the type {usual}"
+            )
+        for name in _OF_FILES:
+            if getattr(task, name, None):
+                raise ConfigError(
+                    f"settings: tasks.{self._task}.{name} is for files; choose rows and columns of "
+                    "the array instead"
+                )
 
     def _fitted(self) -> TaskPredictor:
         if not hasattr(self, "predictor_"):
@@ -101,7 +126,44 @@ class _TaskEstimator(BaseEstimator):
         return self.predictor_
 
 
-class PatchMoEForecaster(_TaskEstimator):
+class _TableEstimator(_TaskEstimator):
+    """What estimators of tables share: rows in the order of time, scaled as in fitting."""
+
+    def _fit_table(self, X: Any, task_class: Any, **more: str) -> Self:  # a class of tasks
+        rows_LC = rows_of(X)
+        table = table_of(rows_LC)
+
+        def make_task(config: TaskRunConfig) -> Task:
+            task: Any = config.tasks[self._task]  # of the type that _check has seen
+            length = config.model.context_length
+            split = split_all(task, len(rows_LC), context_length=length)
+            extra = {argument: getattr(config, field) for argument, field in more.items()}
+            return task_class(
+                self._task,
+                replace(task, split=split),
+                ARRAY,
+                context_length=length,
+                table=table,
+                **extra,
+            )
+
+        self._fit(make_task)
+        self._last_LC = rows_LC[-self.predictor_.context_length :]
+        return self
+
+    def _scaler(self) -> Scaler:
+        self._fitted()
+        assert isinstance(self.task_, (TableForecastTask, ImputationTask))
+        return self.task_.scaler
+
+    def _scaled(self, X: Any) -> Floats:
+        """Return scaled rows, of as many variates as were learned from."""
+        scaler, rows_LC = self._scaler(), rows_of(X)
+        check_variates(rows_LC, len(scaler.mean_C))
+        return bounded((rows_LC - scaler.mean_C) / scaler.std_C)
+
+
+class PatchMoEForecaster(_TableEstimator):
     """Forecasts the variates of a table; `fit` takes it in the order of time.
 
     The last fifth of the rows validates. All steps of the horizon come at once
@@ -116,39 +178,20 @@ class PatchMoEForecaster(_TaskEstimator):
         Raises:
             DataError: if it is too short, or nothing is observed of a variate.
         """
-        table = _table(X)
-
-        def make_task(config: TaskRunConfig) -> TableForecastTask:
-            task = config.tasks[self._task]
-            assert isinstance(task, ForecastTaskConfig)
-            return TableForecastTask(
-                self._task,
-                _with_all_rows(task, len(table.values_LC)),
-                _ARRAY,
-                context_length=config.model.context_length,
-                table=table,
-            )
-
-        self._fit(make_task)
-        self._last_CL = table.values_LC[-self.predictor_.context_length :].T
-        return self
+        return self._fit_table(X, TableForecastTask)
 
     def predict(self, X: Any = None) -> Floats:
         """Return forecast (Q, C) of what follows the rows of X, or those that were learned from."""
         predictor = self._fitted()
-        context_CL = self._last_CL if X is None else _table(X).values_LC.T
-        scaler = _scaler(self.task_)
-        _check_variates(context_CL, len(scaler.mean_C))
-        scaled_CL = scaler.scale(context_CL.T).T
+        scaled_LC = self._scaled(self._last_LC if X is None else X)
         forecaster = TaskForecaster(predictor, self._task)
-        mean_CQ = forecaster.forecast(scaled_CL, forecaster.prediction_length).mean_BCQ[0]
-        return scaler.unscale(mean_CQ).T
+        mean_CQ = forecaster.forecast(scaled_LC.T, forecaster.prediction_length).mean_BCQ[0]
+        return self._scaler().unscale(mean_CQ).T
 
     def score(self, X: Any, y: None = None) -> float:  # noqa: ARG002
         """Return the negative mean squared error over all windows of X, scaled as in fitting."""
         predictor = self._fitted()
-        scaler = _scaler(self.task_)
-        scaled_LC = scaler.scale(_table(X).values_LC)
+        scaled_LC = self._scaled(X)
         forecaster = TaskForecaster(predictor, self._task)
         context, horizon = predictor.context_length, forecaster.prediction_length
         if len(scaled_LC) < context + horizon:
@@ -169,7 +212,7 @@ class PatchMoEForecaster(_TaskEstimator):
         return -total / count
 
 
-class PatchMoEImputer(_TaskEstimator):
+class PatchMoEImputer(TransformerMixin, _TableEstimator):
     """Fills what is missing of a table; `fit` takes it in the order of time, with its gaps."""
 
     _preset, _task = "patch_moe_imputation", "imputation"
@@ -180,47 +223,34 @@ class PatchMoEImputer(_TaskEstimator):
         Raises:
             DataError: if it is too short, or nothing is observed of a variate.
         """
-        table = _table(X)
+        return self._fit_table(X, ImputationTask, seed="seed")
 
-        def make_task(config: TaskRunConfig) -> ImputationTask:
-            task = config.tasks[self._task]
-            assert isinstance(task, ImputationTaskConfig)
-            return ImputationTask(
-                self._task,
-                _with_all_rows(task, len(table.values_LC)),
-                _ARRAY,
-                context_length=config.model.context_length,
-                seed=config.seed,
-                table=table,
-            )
-
-        return self._fit(make_task)
-
-    def transform(self, X: Any) -> Floats:
+    def transform(self, X: Any) -> NDArray[np.float64]:
         """Return the table with every NaN filled; what is observed stays as it is.
 
         Raises:
             DataError: if nothing of a variate is observed.
         """
         predictor = self._fitted()
-        values_LC = _table(X).values_LC
-        scaler = _scaler(self.task_)
-        _check_variates(values_LC.T, len(scaler.mean_C))
-        is_empty_C = ~np.isfinite(values_LC).any(axis=0)
+        scaled_LC, rows_LC = self._scaled(X), rows_of(X)
+        is_empty_C = ~np.isfinite(rows_LC).any(axis=0)
         if is_empty_C.any():
             raise DataError(
                 f"X: all points of variate {int(is_empty_C.argmax())} are missing, so there is "
                 "nothing to fill them from; leave it out or give rows with values"
             )
-        filled_LC = self._filled(predictor, scaler.scale(values_LC))
-        return np.where(np.isfinite(values_LC), values_LC, scaler.unscale(filled_LC.T).T)
+        scaler = self._scaler()
+        filled_LC = self._filled(predictor, scaled_LC) * scaler.std_C + scaler.mean_C
+        return np.where(np.isfinite(rows_LC), rows_LC, filled_LC)
 
-    predict = transform
+    def predict(self, X: Any) -> NDArray[np.float64]:
+        """Return what `transform` does."""
+        return self.transform(X)
 
     def score(self, X: Any, y: None = None, *, share: float = 0.25) -> float:  # noqa: ARG002
         """Hide a share of the points; return the negative mean squared error on them, scaled."""
         predictor = self._fitted()
-        scaled_LC = _scaler(self.task_).scale(_table(X).values_LC)
+        scaled_LC = self._scaled(X)
         hidden_LC = draw_mask(scaled_LC.shape, "points", share, 1, generator_of(self.seed, 4))
         filled_LC = self._filled(predictor, np.where(hidden_LC, np.nan, scaled_LC))
         error = (filled_LC - scaled_LC)[hidden_LC & np.isfinite(scaled_LC)].astype(np.float64)
@@ -240,7 +270,7 @@ class PatchMoEImputer(_TaskEstimator):
         return points_BCL.transpose(0, 2, 1).reshape(-1, scaled_LC.shape[1])[-length:]
 
 
-class PatchMoEAnomalyDetector(_TaskEstimator):
+class PatchMoEAnomalyDetector(OutlierMixin, _TaskEstimator):
     """Learns what is usual, and says how unusual each row is.
 
     As scikit-learn's outlier detectors: `predict` gives -1 for anomalies and 1 for others, the
@@ -251,18 +281,18 @@ class PatchMoEAnomalyDetector(_TaskEstimator):
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Learn from rows (L, C) or (L,); those that `y` marks with 1 or True are left out."""
-        values_LC = _table(X).values_LC
-        is_anomaly_L = np.zeros(len(values_LC), bool) if y is None else _flags(y, len(values_LC))
-        values_LC = np.where(is_anomaly_L[:, None], np.nan, values_LC)
+        rows_LC = rows_of(X)
+        is_anomaly_L = np.zeros(len(rows_LC), bool) if y is None else flags_of(y, len(rows_LC))
+        values_LC = np.where(is_anomaly_L[:, None], np.nan, rows_LC)
         entity = Entity(
-            name=_ARRAY,
+            name=ARRAY,
             train_LC=values_LC,
             train_is_anomaly_L=None,
             test_LC=values_LC[:1],
             test_is_anomaly_L=np.zeros(1, bool),
         )
         names = tuple(f"variate {place}" for place in range(values_LC.shape[1]))
-        data = AnomalyData(path=_ARRAY, variates=names, entities=(entity,))
+        data = AnomalyData(path=ARRAY, variates=names, entities=(entity,))
 
         def make_task(config: TaskRunConfig) -> AnomalyTask:
             task = config.tasks[self._task]
@@ -270,7 +300,7 @@ class PatchMoEAnomalyDetector(_TaskEstimator):
             return AnomalyTask(
                 self._task,
                 task,
-                _ARRAY,
+                ARRAY,
                 context_length=config.model.context_length,
                 patch_length=config.model.patch_length,
                 seed=config.seed,
@@ -278,23 +308,22 @@ class PatchMoEAnomalyDetector(_TaskEstimator):
             )
 
         self._fit(make_task)
-        task = self._anomaly_task()
-        usual_L = task.usual_scores(self.predictor_)
-        self.threshold_ = threshold_at(usual_L, task.config.flagged_share)
+        self.threshold_ = self._anomaly_task().threshold(self.predictor_)
         return self
 
-    def score_samples(self, X: Any) -> np.ndarray:
-        """Return the negative reconstruction error of each row."""
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Return the negative reconstruction error of each row; 0 where nothing is observed."""
         predictor, task = self._fitted(), self._anomaly_task()
-        values_LC = _table(X).values_LC
-        _check_variates(values_LC.T, len(task.scalers[0].mean_C))
-        return -task.scores(predictor, task.scalers[0].scale(values_LC))
+        rows_LC, scaler = rows_of(X), task.scalers[0]
+        check_variates(rows_LC, len(scaler.mean_C))
+        scaled_LC = bounded((rows_LC - scaler.mean_C) / scaler.std_C)
+        return -np.nan_to_num(task.scores(predictor, scaled_LC), nan=0.0)
 
-    def decision_function(self, X: Any) -> np.ndarray:
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Return `score_samples` above the threshold; negative for anomalies."""
         return self.score_samples(X) + self.threshold_
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> NDArray[np.int64]:
         """Return -1 for anomalies and 1 for other rows."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
@@ -303,7 +332,7 @@ class PatchMoEAnomalyDetector(_TaskEstimator):
         self._fitted()
         scores_L = -self.score_samples(X)
         try:
-            return auc_roc(scores_L, _flags(y, len(scores_L)))
+            return auc_roc(scores_L, flags_of(y, len(scores_L)))
         except ValueError as error:
             raise DataError(f"y: {error}") from error
 
@@ -328,7 +357,7 @@ class PatchMoEClassifier(ClassifierMixin, _TaskEstimator):
             raise DataError("y is missing: give the class of each case")
         cases, classes = cases_from_arrays(X, y)
         names = tuple(str(name) for name in classes)
-        data = CaseData(path=_ARRAY, classes=names, train=cases, test=cases)
+        data = CaseData(path=ARRAY, classes=names, train=cases, test=cases)
 
         def make_task(config: TaskRunConfig) -> ClassificationTask:
             task = config.tasks[self._task]
@@ -336,7 +365,7 @@ class PatchMoEClassifier(ClassifierMixin, _TaskEstimator):
             return ClassificationTask(
                 self._task,
                 task,
-                _ARRAY,
+                ARRAY,
                 context_length=config.model.context_length,
                 patch_length=config.model.patch_length,
                 seed=config.seed,
@@ -362,55 +391,3 @@ class PatchMoEClassifier(ClassifierMixin, _TaskEstimator):
         """Return the most probable class of each case."""
         probability_BY = self.predict_proba(X)
         return self.classes_[probability_BY.argmax(axis=1)]
-
-
-def _table(X: Any) -> Table:
-    """Take rows as a user has them."""
-    values_LC = np.asarray(X, np.float32)
-    if values_LC.ndim == 1:
-        values_LC = values_LC[:, None]
-    if values_LC.ndim != 2 or 0 in values_LC.shape:
-        raise DataError(f"X has shape {np.shape(X)}; expected rows in the order of time x variates")
-    if np.isinf(values_LC).any():
-        raise DataError("X holds infinite values; mark what is missing as NaN")
-    names = tuple(f"variate {place}" for place in range(values_LC.shape[1]))
-    return Table(path=_ARRAY, timestamps=None, freq=None, variates=names, values_LC=values_LC)
-
-
-def _with_all_rows(
-    task: ForecastTaskConfig | ImputationTaskConfig, num_rows: int
-) -> Any:  # of the type of the task
-    """Let nearly all rows train and validate: what is judged is given to `score`."""
-    from dataclasses import replace
-
-    if task.split is not None:
-        return task
-    length = task.prediction_length if isinstance(task, ForecastTaskConfig) else 0
-    # The protocol wants a test part; it is as short as it may be, and never looked at.
-    test = max(length + 1, num_rows // 100) / num_rows
-    if test >= 0.3:
-        raise DataError(
-            f"X has {num_rows} rows, too few for tasks.forecast.prediction_length={length}; give "
-            f"{4 * length} or more, or forecast fewer steps"
-        )
-    return replace(task, split=(0.8 - test, 0.2, test))
-
-
-def _scaler(task: Task) -> Scaler:
-    assert isinstance(task, (TableForecastTask, ImputationTask))
-    return task.scaler
-
-
-def _check_variates(values_CL: Floats, expected: int) -> None:
-    if len(values_CL) != expected:
-        raise DataError(f"X has {len(values_CL)} variates, fitted were {expected}")
-
-
-def _flags(y: Any, length: int) -> np.ndarray:
-    flags = np.asarray(y)
-    if flags.shape != (length,) or not np.isin(flags, (0, 1)).all():
-        raise ConfigError(
-            f"y must hold 0 or 1 for each of the {length} rows of X, got an array of shape "
-            f"{flags.shape} with values such as {flags.ravel()[:3].tolist()}"
-        )
-    return flags.astype(bool)

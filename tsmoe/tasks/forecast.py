@@ -20,7 +20,7 @@ from tsmoe.heads.task import ForecastHeadConfig
 from tsmoe.tasks.config import ForecastTaskConfig, ImputationTaskConfig
 from tsmoe.tasks.predictor import TaskForecaster, TaskPredictor
 from tsmoe.tasks.task import TaskEvaluation
-from tsmoe.tasks.windows import Floats, Integers, WindowStore, points_batch
+from tsmoe.tasks.windows import Floats, Integers, WindowStore, bounded, points_batch
 
 
 class TableForecastTask:
@@ -61,7 +61,9 @@ class TableForecastTask:
         self._validation_M = self._starts(
             borders.train_end - context_length, borders.validation_end
         )
-        for part, starts_M in (("train", self._train_M), ("validation", self._validation_M)):
+        test_M = self._starts(borders.validation_end - context_length, borders.test_end)
+        parts = {"train": self._train_M, "validation": self._validation_M, "test": test_M}
+        for part, starts_M in parts.items():
             if not len(starts_M):
                 raise DataError(
                     f"{path}: no window of the {part} part has an observed value to forecast; "
@@ -153,7 +155,8 @@ def open_scaled(
         fits=True,
     )
     scaler = fit_scaler(table.values_LC[: borders.train_end], table.variates, path=path)
-    return table, borders, scaler, scaler.scale(table.values_LC)
+    scaled_LC = bounded((table.values_LC - scaler.mean_C) / scaler.std_C)
+    return table, borders, scaler, scaled_LC
 
 
 def evaluate_table(
@@ -164,7 +167,6 @@ def evaluate_table(
     prediction_length: int,
     split: tuple[float, float, float] | None,
     season: int | None,
-    must_fit: bool = False,
 ) -> TaskEvaluation:
     """Forecast every window of a table's test part, beside the baselines."""
     forecaster: Any = TaskForecaster(predictor, task)  # what is asked of a Forecaster it can do
@@ -178,7 +180,7 @@ def evaluate_table(
         split=split,
         season=season,
         baselines=("linear", *(("seasonal_naive",) if is_seasonal else ()), "naive"),
-        must_fit=must_fit,
+        must_fit=False,
     )
     found = evaluation.to_json_dict()
     results = found.pop("results")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.table import Table
 from tsmoe.batch import WindowBatch
-from tsmoe.errors import DataError
+from tsmoe.errors import ConfigError, DataError
 from tsmoe.heads.task import ReconstructionHeadConfig
 from tsmoe.tasks.config import ImputationTaskConfig, MaskConfig
 from tsmoe.tasks.forecast import open_scaled
@@ -57,6 +57,13 @@ class ImputationTask:
         self.table, borders, self.scaler, scaled_LC = open_scaled(
             config, path, context_length=context_length, prediction_length=1, table=table
         )
+        mask, most = config.mask, context_length * scaled_LC.shape[1]
+        if min(mask.shares) * most < 1 or mask.block_length > context_length:
+            raise ConfigError(
+                f"tasks.{name}.mask: shares {list(mask.shares)} must hide a point of the "
+                f"{most} of a window, and block_length ({mask.block_length}) must be at most "
+                f"model.context_length ({context_length})"
+            )
         self._store = WindowStore([scaled_LC], lead=0)
         parts = {
             "train": (0, borders.train_end),
@@ -128,7 +135,8 @@ class ImputationTask:
                 [
                     draw_mask(
                         values_BCL.shape[1:], kind, share, self.config.mask.block_length,
-                        generator_of(self.seed, _TEST, place),
+                        # The same for every run, so that runs are compared on the same points.
+                        generator_of(0, _TEST, place),
                     )
                     for place in places.tolist()
                 ]

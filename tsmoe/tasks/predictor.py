@@ -42,18 +42,21 @@ class TaskPredictor:
         self.context_length = model.config.context_length
 
     def task(self, kind: str) -> str:
-        """Return the name of the model's task of a kind, such as `anomaly`.
+        """Return the name of the model's task of a kind, such as `anomaly`, or of that name.
 
         Raises:
             ConfigError: if it has none, or several.
         """
         of_card = self.card.get("tasks", {})
+        if kind in self.model.tasks:
+            return kind
         names = [name for name in self.model.tasks if of_card.get(name, {}).get("type") == kind]
         if len(names) != 1:
             there = {name: of_card.get(name, {}).get("type") for name in self.model.tasks}
             raise ConfigError(
                 f"the package has {len(names)} tasks of the kind {kind}; there are "
-                f"{', '.join(f'{name} ({its_kind})' for name, its_kind in there.items())}"
+                f"{', '.join(f'{name} ({its_kind})' for name, its_kind in there.items())}; "
+                "give one of these names"
             )
         return names[0]
 
@@ -101,6 +104,11 @@ class TaskForecaster:
             standardises: whether contexts come in any unit, and are brought to the one that the
                 model was trained in by their own mean and deviation.
         """
+        if standardises and not predictor.model.config.normalises_windows:
+            raise ConfigError(
+                "the package was trained with model.normalises_windows=false, so it forecasts in "
+                "the scaled unit of its own table alone; evaluate it there, or train with true"
+            )
         self.predictor, self.task, self.standardises = predictor, task, standardises
         self.card = predictor.card
         self.context_length = predictor.context_length
@@ -185,7 +193,10 @@ def load_forecaster(path: str | Path, *, device: str = "auto") -> Forecaster | T
     if not isinstance(model, PatchMoE):
         return Forecaster(model, card, chosen)
     predictor = TaskPredictor(model, card, chosen)
-    return TaskForecaster(predictor, predictor.task("forecast"), standardises=True)
+    of_card = card.get("tasks", {}).values()
+    kinds = [kind for kind in ("forecast", "series") if any(t.get("type") == kind for t in of_card)]
+    name = predictor.task(kinds[0] if kinds else "forecast")
+    return TaskForecaster(predictor, name, standardises=True)
 
 
 def fit_length(values_BCL: Floats, length: int) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,14 @@ import numpy as np
 from tsmoe.config import decode
 from tsmoe.errors import CheckpointError, ConfigError, DataError
 from tsmoe.tasks.classification import CaseScaler, ClassificationTask
-from tsmoe.tasks.config import ForecastTaskConfig, ImputationTaskConfig, TaskRunConfig
+from tsmoe.tasks.config import ClassificationTaskConfig, TaskRunConfig
 from tsmoe.tasks.predictor import TaskPredictor
 from tsmoe.tasks.run import open_task
 from tsmoe.tasks.task import Task
+
+# Settings that name what is in one file.
+_OF_A_FILE = ("columns", "time_column", "split", "season", "test_path", "entity_column",
+              "label_column", "split_column", "train_share")  # fmt: skip
 
 
 def reopen_task(
@@ -57,19 +62,21 @@ def reopen_task(
         "test_path": test_path,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    if isinstance(task, (ForecastTaskConfig, ImputationTaskConfig)):
-        # Columns of the training table are not those of another.
-        given.setdefault("columns", None if path != config.path_of(name) else task.columns)
     known = vars(task).keys()
     if strangers := sorted(key for key in given if key not in known):
         raise ConfigError(f"{strangers[0]} is given, but the task {kind} has no use for it")
+    if Path(path).resolve() != Path(config.path_of(name)).resolve():
+        # What the run was told of its own file says nothing of another one.
+        of_file: Any = {key: None for key in _OF_A_FILE if key in known}
+        task = replace(task, **of_file)
+    if isinstance(task, ClassificationTaskConfig):
+        given["fits_context"] = False  # the model has a length
     try:
         task = replace(task, **given)
     except ValueError as error:
         raise ConfigError(f"task {name}: {error}") from error
-    model = replace(config.model, context_length=predictor.context_length, heads={})
-    config = replace(config, model=model, tasks={name: task}, data=path)
-    opened = open_task(name, config, path)
+    model = replace(config.model, context_length=predictor.context_length)
+    opened = open_task(name, task, path, model=model, seed=config.seed)
     if isinstance(opened, ClassificationTask):
         _take_over(opened, predictor, name)
     return opened

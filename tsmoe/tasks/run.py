@@ -30,7 +30,7 @@ from tsmoe.finetune.order import (
     share_of_rank,
     uniformly_spaced,
 )
-from tsmoe.models.patch_moe import PatchMoE
+from tsmoe.models.patch_moe import PatchMoE, PatchMoEConfig
 from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.ranks import CommunicationMeter, Ranks
 from tsmoe.tasks.anomaly import AnomalyTask
@@ -40,6 +40,8 @@ from tsmoe.tasks.config import (
     ClassificationTaskConfig,
     ForecastTaskConfig,
     ImputationTaskConfig,
+    SeriesTaskConfig,
+    TaskConfig,
     TaskRun,
     TaskRunConfig,
 )
@@ -107,38 +109,29 @@ def train_tasks(
 
 def open_tasks(config: TaskRunConfig) -> dict[str, Task]:
     """Read the files of all tasks."""
-    return {name: open_task(name, config) for name in config.tasks}
+    return {
+        name: open_task(name, task, config.path_of(name), model=config.model, seed=config.seed)
+        for name, task in config.tasks.items()
+    }
 
 
-def open_task(name: str, config: TaskRunConfig, path: str | None = None) -> Task:
-    """Read the file of a task, or another one of its kind."""
-    path = config.path_of(name) if path is None else path
-    task, model = config.tasks[name], config.model
-    length = model.context_length
+def open_task(name: str, task: TaskConfig, path: str, *, model: PatchMoEConfig, seed: int) -> Task:
+    """Read the file of a task for a model of some length."""
+    length, patch_length = model.context_length, model.patch_length
     match task:
-        case ForecastTaskConfig(layout="series"):
-            return SeriesForecastTask(name, task, path, context_length=length)
         case ForecastTaskConfig():
             return TableForecastTask(name, task, path, context_length=length)
+        case SeriesTaskConfig():
+            return SeriesForecastTask(name, task, path, context_length=length)
         case ImputationTaskConfig():
-            return ImputationTask(name, task, path, context_length=length, seed=config.seed)
+            return ImputationTask(name, task, path, context_length=length, seed=seed)
         case AnomalyTaskConfig():
             return AnomalyTask(
-                name,
-                task,
-                path,
-                context_length=length,
-                patch_length=model.patch_length,
-                seed=config.seed,
+                name, task, path, context_length=length, patch_length=patch_length, seed=seed
             )
         case ClassificationTaskConfig():
             return ClassificationTask(
-                name,
-                task,
-                path,
-                context_length=length,
-                patch_length=model.patch_length,
-                seed=config.seed,
+                name, task, path, context_length=length, patch_length=patch_length, seed=seed
             )
 
 
@@ -230,6 +223,8 @@ class TaskWork:
             name: {key: value for key, value in task.items() if key not in paths}
             for name, task in (settings.get("tasks") or {}).items()
         }
+        # Whose turn it is, and which row of the embedding is a task's.
+        found["order of tasks"] = list(settings.get("tasks") or {})
         found["stopping.max_windows"] = (settings.get("stopping") or {}).get("max_windows")
         return found
 
@@ -253,12 +248,15 @@ class TaskWork:
         model = model_from_checkpoint(*open_checkpoint(folder / "checkpoints" / step_folder(step)))
         assert isinstance(model, PatchMoE)
         cards = {name: task.card() for name, task in self.tasks.items()}
+        # Before the test part is looked at, where something may be wrong: nothing learned is lost.
+        package = folder / PACKAGE_FOLDER
+        save_package(package, model, self._card(model, cards, step, verdict, {}))
         predictor = TaskPredictor(model, {"tasks": cards}, device)
         judged = self.tasks if self._evaluates else {}
         evaluations = {name: task.evaluate(predictor) for name, task in judged.items()}
         found = {name: evaluation.to_json_dict() for name, evaluation in evaluations.items()}
         card = self._card(model, cards, step, verdict, found)
-        save_package(folder / PACKAGE_FOLDER, model.cpu(), card)
+        save_package(package, model.cpu(), card)
         result = {
             "verdict": verdict,
             "best_step": step,
@@ -267,7 +265,7 @@ class TaskWork:
         }
         write_text(folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
         return TaskRunResult(
-            package=folder / PACKAGE_FOLDER,
+            package=package,
             best_step=step,
             verdict=verdict,
             evaluations=evaluations,

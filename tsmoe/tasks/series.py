@@ -5,6 +5,7 @@ Shapes: B windows, S series, L points of a series, Q prediction steps, W steps o
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from tsmoe.errors import DataError
 from tsmoe.evaluate.baselines import season_length
 from tsmoe.evaluate.m4 import m4_scores, naive2
 from tsmoe.heads.task import ForecastHeadConfig
-from tsmoe.tasks.config import ForecastTaskConfig
+from tsmoe.tasks.config import SeriesTaskConfig
 from tsmoe.tasks.predictor import TaskForecaster, TaskPredictor, fit_length
 from tsmoe.tasks.series_data import read_series
 from tsmoe.tasks.task import MODEL, TaskEvaluation
-from tsmoe.tasks.windows import Floats, Integers, WindowStore, points_batch
+from tsmoe.tasks.windows import Floats, Integers, WindowStore, bounded, points_batch
+
+logger = logging.getLogger(__name__)
 
 
 class SeriesForecastTask:
@@ -28,7 +31,7 @@ class SeriesForecastTask:
     """
 
     def __init__(
-        self, name: str, config: ForecastTaskConfig, path: str, *, context_length: int
+        self, name: str, config: SeriesTaskConfig, path: str, *, context_length: int
     ) -> None:
         """Read the series.
 
@@ -39,8 +42,10 @@ class SeriesForecastTask:
         self.context_length = context_length
         self.loss_of_points = config.loss
         self.data = data = read_series(path, config.test_path, config.prediction_length)
-        self._loc_S = np.array([np.nanmean(train_L) for train_L in data.train])
-        std_S = np.array([np.nanstd(train_L) for train_L in data.train])
+        # Of what is learned from, without the last part, which validates.
+        learned = [self._learned_part(train_L) for train_L in data.train]
+        self._loc_S = np.array([np.nanmean(values_L.astype(np.float64)) for values_L in learned])
+        std_S = np.array([np.nanstd(values_L.astype(np.float64)) for values_L in learned])
         self._scale_S = np.where(std_S > 0, std_S, 1.0)
         segments = [self._scaled(number)[:, None] for number in range(len(data.train))]
         self._store = WindowStore(segments, lead=context_length)
@@ -86,49 +91,87 @@ class SeriesForecastTask:
 
     def card(self) -> dict[str, Any]:
         """Say what is forecast."""
-        return {"type": "forecast", "prediction_length": self.config.prediction_length}
+        return {"type": "series", "prediction_length": self.config.prediction_length}
 
     def evaluate(self, predictor: TaskPredictor) -> TaskEvaluation:
         """Forecast what follows each series, by the measures of the M4 competition."""
-        forecaster = TaskForecaster(predictor, self.name)
         data, horizon = self.data, self.config.prediction_length
-        season = self.config.season or season_length(data.freq) or 1
-        # M4 counts weeks as without a season.
-        season = 1 if data.freq is not None and data.freq.startswith("W") else season
-        context_SCL = np.concatenate(
-            [
-                fit_length(self._scaled(number)[None, None], self.context_length)
-                for number in range(len(data.train))
-            ]
-        )
-        scaled_SQ = forecaster.forecast_batch(context_SCL, horizon).mean_BCQ[:, 0]
-        forecasts = scaled_SQ * self._scale_S[:, None] + self._loc_S[:, None]
+        season = self._season()
+        forecasts = self._forecasts(TaskForecaster(predictor, self.name))
+        reasons = [self._why_not(number, season) for number in range(len(data.train))]
+        kept = [number for number, reason in enumerate(reasons) if reason is None]
+        left_out = len(reasons) - len(kept)
+        if left_out:
+            why = ", ".join(dict.fromkeys(reason for reason in reasons if reason is not None))
+            logger.warning("%s: %d series are not judged: %s", self.source, left_out, why)
+        trains, targets = [data.train[n] for n in kept], [data.test_SQ[n] for n in kept]
         methods = {
-            MODEL: forecasts,
-            "naive2": [naive2(train_L, horizon, season) for train_L in data.train],
-            "naive": [np.repeat(train_L[-1], horizon) for train_L in data.train],
+            MODEL: [forecasts[n] for n in kept],
+            "naive2": [naive2(train_L, horizon, season) for train_L in trains],
+            "naive": [np.repeat(train_L[-1], horizon) for train_L in trains],
         }
         results: list[dict[str, Any]] = []
-        for model, predicted in methods.items():
-            scores = m4_scores(data.train, list(data.test_SQ), list(predicted), season=season)
+        for model, predicted in methods.items() if kept else ():
+            scores = m4_scores(trains, targets, predicted, season=season)
             results.append({"model": model, "smape": scores.smape, "mase": scores.mase,
                             "owa": scores.owa})  # fmt: skip
         return TaskEvaluation(
-            task="forecast",
+            task="series",
             data=self.source,
             facts={
                 "context": self.context_length,
                 "horizon": horizon,
-                "series": len(data.train),
+                "series": len(kept),
+                "series_left_out": left_out,
                 "season": season,
                 "protocol": "m4",
             },
             results=results,
         )
 
+    def _season(self) -> int:
+        """Return what is set, or that of the interval; in the M4 competition weeks have none."""
+        if self.config.season is not None:
+            return self.config.season
+        freq = self.data.freq
+        if freq is None or freq.startswith("W"):
+            return 1
+        return season_length(freq) or 1
+
+    def _why_not(self, number: int, season: int) -> str | None:
+        """Say why a series cannot be judged by the measures of M4; None if it can."""
+        train_L, test_Q = self.data.train[number], self.data.test_SQ[number]
+        if not (np.isfinite(train_L).all() and np.isfinite(test_Q).all()):
+            return "values are missing"
+        if len(train_L) <= season:
+            return "no longer than a season"
+        if not np.abs(train_L[season:] - train_L[:-season]).any():
+            return "it repeats its season exactly"
+        try:
+            naive2(train_L, 1, season)
+        except ValueError:
+            return "seasonal with values that are not positive"
+        return None
+
+    def _forecasts(self, forecaster: TaskForecaster) -> Floats:
+        """Return forecast_SQ of what follows each series, in its own unit."""
+        context_SCL = np.concatenate(
+            [
+                fit_length(self._scaled(number)[None, None], self.context_length)
+                for number in range(len(self.data.train))
+            ]
+        )
+        horizon = self.config.prediction_length
+        scaled_SQ = forecaster.forecast_batch(context_SCL, horizon).mean_BCQ[:, 0]
+        return scaled_SQ * self._scale_S[:, None] + self._loc_S[:, None]
+
     def _scaled(self, number: int) -> Floats:
         values_L = self.data.train[number]
-        return ((values_L - self._loc_S[number]) / self._scale_S[number]).astype(np.float32)
+        return bounded((values_L - self._loc_S[number]) / self._scale_S[number])
+
+    def _learned_part(self, train_L: Floats) -> Floats:
+        part_L = train_L[: -self.config.prediction_length]
+        return part_L if np.isfinite(part_L).any() else train_L
 
     def _with_targets(self, starts_M: Integers) -> Integers:
         recorded_M = self._store.count_recorded(starts_M, self.context_length, self._length)

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from tsmoe.batch import WindowBatch
 
 Floats = NDArray[np.float32]
+
+# Deviations from the mean of the train part.
+_FURTHEST = 1e6
 Integers = NDArray[np.int64]
 
 
@@ -61,6 +64,16 @@ class WindowStore:
     def fingerprint(self) -> str:
         """Hash of all values."""
         return hashlib.sha256(np.ascontiguousarray(self._rows_RC).tobytes()).hexdigest()
+
+
+def bounded(scaled: NDArray[np.floating]) -> Floats:
+    """Return scaled values as float32, none further from the mean than squares of it can bear.
+
+    A value that is out of all proportion stays the largest there is; it must not become infinite,
+    which would count as not recorded.
+    """
+    with np.errstate(over="ignore"):
+        return np.clip(scaled, -_FURTHEST, _FURTHEST).astype(np.float32)
 
 
 def points_batch(

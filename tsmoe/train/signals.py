@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -16,6 +17,8 @@ class StopRequest:
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals reach the main thread alone
         for number in _STOP_SIGNALS:
             self._former[number] = signal.signal(number, self._on_signal)
         return self

@@ -70,7 +70,8 @@ def training_step(
     """Do one step on this rank's micro-batches. Collective.
 
     The loss is the mean over the points of the *global* batch, so any number of ranks and
-    micro-batches gives the same gradient.
+    micro-batches gives the same gradient; but for a regulariser, which is the mean of those of the
+    micro-batches.
 
     Args:
         engine: holds the model.

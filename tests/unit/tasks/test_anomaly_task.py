@@ -46,25 +46,46 @@ def test_each_row_is_scored_once_by_its_own_error(length, hidden_share) -> None:
         assert shown.sum() == (len(shown) - 1) * np.isfinite(values_LC).sum()
 
 
-def test_row_of_which_nothing_is_recorded_scores_zero() -> None:
-    values_LC = np.full((40, 2), np.nan, np.float32)
+def test_row_of_which_nothing_is_recorded_has_no_score() -> None:
+    values_LC = np.ones((40, 2), np.float32)
+    values_LC[5:9] = np.nan
+    values_LC[20, 0] = np.nan
     scores_L = reconstruction_scores(_Model(), "w", values_LC, patch_length=8, hidden_share=0.0)
-    assert (scores_L == 0).all()
+    assert np.flatnonzero(np.isnan(scores_L)).tolist() == [5, 6, 7, 8]
+
+
+def test_rows_without_a_score_do_not_move_the_threshold(task) -> None:
+    before = task.threshold(_Model())
+    for train_LC, _ in task._scaled:
+        train_LC[-40:-10] = np.nan
+    after = task.threshold(_Model())
+    rest = np.concatenate([train_LC[240:] for train_LC, _ in task._scaled])
+    expected = np.nanquantile(np.square(rest).mean(axis=1), 0.99)
+    assert after == pytest.approx(expected, rel=1e-5)
+    assert after == pytest.approx(before, rel=0.2)
 
 
 def test_training_windows_end_before_validation_begins(task) -> None:
     rows = len(task.data.entities[0].train_LC)
     border = int(rows * 0.8)
-    offsets = task._store.offsets
-    ends = [task._train_M + 32, task._validation_M + 32]
-    for number, offset in enumerate(offsets):
-        in_entity = [(part > offset) & (part <= offset + rows) for part in ends]
-        assert (ends[0][in_entity[0]] - offset).max() == border
-        starts = ends[1][in_entity[1]] - offset - 32
-        assert starts.min() >= border, number
-    names = {task.series_name(int(i)) for i in task.training_batch(
-        np.arange(task.num_train), np.arange(task.num_train)).series_ids_B}  # fmt: skip
-    assert names == {"m1", "m2"}
+    for offset in task._store.offsets:
+        ends = task._train_M + 32 - offset
+        assert ends[(ends > 0) & (ends <= rows)].max() == border
+    places = np.arange(task.num_train)
+    ids = task.training_batch(places, places).series_ids_B
+    assert {task.series_name(int(i)) for i in ids} == {"m1", "m2"}
+
+
+@pytest.mark.parametrize("context", [32, 96, 200])
+def test_validation_asks_for_every_row_of_its_part_and_for_no_other(tmp_path, context) -> None:
+    path = write_machines(tmp_path / "m.parquet")
+    task = AnomalyTask("w", AnomalyTaskConfig(), str(path), context_length=context, patch_length=8)
+    rows = len(task.data.entities[0].train_LC)
+    places = np.arange(task.num_validation)
+    target_BL = task.validation_batch(places).is_target_BCL[:, 0].numpy()
+    asked = np.unique((task._validation_M[:, None] + np.arange(context))[target_BL])
+    expected = [offset + np.arange(int(rows * 0.8), rows) for offset in task._store.offsets]
+    assert asked.tolist() == np.concatenate(expected).tolist()
 
 
 def test_every_entity_is_scaled_by_its_own_train_part(task) -> None:

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsmoe.errors import ConfigError, DataError
-from tsmoe.tasks.case_data import UNLABELLED, cases_from_arrays, pad_left, read_cases
+from tsmoe.errors import DataError
+from tsmoe.tasks.case_data import UNLABELLED, cases_from_arrays, read_cases
 
 CLASSIFICATION = Path(__file__).resolve().parents[4] / "shared/data/tasks/classification"
 
@@ -170,29 +170,6 @@ def test_faulty_arrays_are_refused_by_name(arguments, words) -> None:
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == [], message
-
-
-def test_padded_cases_end_at_the_last_step() -> None:
-    short_CL = np.array([[1.0, np.nan], [2.0, 3.0]], np.float32)
-    long_CL = np.arange(10, dtype=np.float32).reshape(2, 5)
-    values_BCL, observed_BCL = pad_left([short_CL, long_CL], 3)
-    assert values_BCL.dtype == np.float32
-    assert values_BCL.tolist() == [[[0, 1, 0], [0, 2, 3]], [[2, 3, 4], [7, 8, 9]]]
-    assert observed_BCL.dtype == bool
-    assert observed_BCL[0].tolist() == [[False, True, False], [False, True, True]]
-    assert observed_BCL[1].all()
-    assert np.isnan(short_CL[0, 1]), "the cases stay as they are"
-
-
-def test_case_of_the_wanted_length_is_not_padded() -> None:
-    values_BCL, observed_BCL = pad_left([np.ones((1, 3), np.float32)], 3)
-    assert values_BCL.tolist() == [[[1, 1, 1]]]
-    assert observed_BCL.all()
-
-
-def test_padding_to_no_steps_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"length.*got 0"):
-        pad_left([np.ones((1, 3), np.float32)], 0)
 
 
 @pytest.mark.parametrize(

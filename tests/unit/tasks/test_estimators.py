@@ -1,7 +1,10 @@
 """PatchMoE in the manner of scikit-learn."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
@@ -134,6 +137,16 @@ def test_nothing_is_answered_before_fit(model, asks) -> None:
         (lambda: PatchMoEImputer(SHORT).fit(waves() * [1, np.nan]), "no observed value"),
         (lambda: PatchMoEAnomalyDetector(SHORT).fit(waves() * np.nan), "nothing is recorded"),
         (lambda: PatchMoEAnomalyDetector(SHORT).fit(waves(), np.full(ROWS, 7)), "0 or 1"),
+        (lambda: PatchMoEForecaster(SHORT).fit([[1], [1, 2]]), "no array of numbers"),
+        (
+            lambda: PatchMoEForecaster([*SHORT, "tasks.forecast.columns=[a]"]).fit(waves()),
+            "columns",
+        ),
+        (
+            lambda: PatchMoEForecaster([*SHORT, "tasks.forecast.type=series"]).fit(waves()),
+            "one task",
+        ),
+        (lambda: PatchMoEForecaster([*SHORT, "tasks.b.type=forecast"]).fit(waves()), "one task"),
         (lambda: PatchMoEClassifier(SMALL).fit(cases()[0], np.zeros(24)), "class"),
         (lambda: PatchMoEClassifier(SMALL).fit(cases()[0], None), "y is missing"),
         (lambda: PatchMoEClassifier(SMALL).fit(cases()[0], cases()[1][:5]), "24 cases"),
@@ -151,3 +164,34 @@ def test_variate_of_which_all_is_missing_is_not_filled() -> None:
         model.transform(waves() * [1, np.nan])
     with pytest.raises(DataError, match="3 variates, fitted were 2"):
         model.transform(np.ones((40, 3)))
+
+
+def test_another_number_of_variates_is_refused_everywhere() -> None:
+    settings = [*SHORT, "training.steps=2", "training.validate_every_steps=1"]
+    for model in (PatchMoEForecaster(settings), PatchMoEImputer(settings)):
+        model.fit(waves())
+        for other in (waves()[:, :1], np.hstack((waves(), waves()))):
+            for ask in (model.score, model.predict):
+                with pytest.raises(DataError, match="fitted were 2"):
+                    ask(other)
+
+
+def test_fit_leaves_torchs_random_numbers_alone_and_runs_in_threads() -> None:
+    settings = [*SHORT, "training.steps=2", "training.validate_every_steps=1",
+                "tasks.forecast.prediction_length=8"]  # fmt: skip
+    state = torch.random.get_rng_state()
+    expected = PatchMoEForecaster(settings).fit(waves()).predict()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with ThreadPoolExecutor(1) as pool:
+        model = pool.submit(PatchMoEForecaster(settings).fit, waves()).result()
+    np.testing.assert_array_equal(model.predict(), expected)
+
+
+def test_imputer_fits_and_transforms_and_keeps_large_numbers() -> None:
+    settings = [*SHORT, "training.steps=2", "training.validate_every_steps=1"]
+    rows_LC = waves() + 1e9
+    rows_LC[7, 0] = np.nan
+    filled_LC = PatchMoEImputer(settings).fit_transform(rows_LC)
+    is_there = np.isfinite(rows_LC)
+    np.testing.assert_array_equal(filled_LC[is_there], rows_LC[is_there])
+    assert np.isfinite(filled_LC).all()
