@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tsmoe.batch import WindowBatch
 from tsmoe.config import Section
-from tsmoe.heads.task import TaskHeadConfig, build_task_head
+from tsmoe.heads.task import ReconstructionHead, TaskHeadConfig, build_task_head
 from tsmoe.models.block import FeedForwardConfig
 from tsmoe.models.encoder_block import EncoderBlock
 from tsmoe.models.output import TaskOutput
@@ -25,6 +25,7 @@ from tsmoe.moe.replay import RoutingRecord
 from tsmoe.moe.routers import AnyRouter, RecurrentRouterConfig
 from tsmoe.moe.routers.recurrent import share_memory
 from tsmoe.moe.routing import RouterState, Routing
+from tsmoe.nn.lines import fill_by_lines
 from tsmoe.nn.patch import PatchEmbedding, cut_patches
 
 # RevIN's own: keeps a nearly constant window from being blown up.
@@ -54,6 +55,9 @@ class PatchMoEConfig(Section):
     """Take mean and deviation out of each window and put them back (RevIN, without its affine part,
     which would tie the model to the variates of one table). Ours: off for classification, where
     level and scale may tell classes apart."""
+    fills_gaps: bool = False
+    """Show a straight line where points are not observed, instead of the mean, and reconstruct what
+    departs from it. Ours: between close neighbours a line is hard to beat, and hard to learn."""
     has_task_embedding: bool = False
     """Tell the router which task it serves, at the input of its GRU. Ours, beyond the paper."""
     feed_forward: FeedForwardConfig = field(default_factory=_recurrent_experts)
@@ -174,6 +178,8 @@ class PatchMoE(nn.Module):
         task = self._check(values_BCL, task)
         loc_BC1, scale_BC1 = self._statistics(values_BCL, observed_BCL)
         normalised_BCL = torch.where(observed_BCL, (values_BCL - loc_BC1) / scale_BC1, 0)
+        if self.config.fills_gaps:
+            normalised_BCL = fill_by_lines(normalised_BCL, observed_BCL)
         cut = {"patch_length": self.config.patch_length, "patch_stride": self.config.patch_length}
         observed_BCNP = cut_patches(observed_BCL, **cut)
         patches_BCNP = cut_patches(normalised_BCL, **cut).to(self.embed.values.weight.dtype)
@@ -194,6 +200,8 @@ class PatchMoE(nn.Module):
             if routing is not None:
                 routings.append(routing)
         prediction = self.heads[task](tokens_BCND, is_seen_BCN).float()
+        if self.config.fills_gaps and isinstance(self.heads[task], ReconstructionHead):
+            prediction = prediction + normalised_BCL
         if prediction.ndim == 3:  # points, not classes
             prediction = prediction * scale_BC1 + loc_BC1
         if self.training and torch.is_grad_enabled():

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data_pipeline.table import Table
 from tsmoe.batch import WindowBatch
 from tsmoe.errors import ConfigError, DataError
 from tsmoe.heads.task import ReconstructionHeadConfig
+from tsmoe.nn.lines import fill_by_lines
 from tsmoe.tasks.config import ImputationTaskConfig, MaskConfig
 from tsmoe.tasks.forecast import open_scaled
 from tsmoe.tasks.predictor import TaskPredictor
@@ -229,21 +231,9 @@ def fill_simply(values_BCL: Floats) -> dict[str, Floats]:
     count_BC1 = is_shown_BCL.sum(axis=-1, keepdims=True)
     sum_BC1 = np.where(is_shown_BCL, values_BCL, 0).sum(axis=-1, keepdims=True)
     mean_BCL = np.broadcast_to(sum_BC1 / np.maximum(count_BC1, 1), values_BCL.shape)
-    length = values_BCL.shape[-1]
-    place_L = np.arange(length)
-    before_BCL = np.maximum.accumulate(np.where(is_shown_BCL, place_L, -1), axis=-1)
-    after_BCL = np.minimum.accumulate(np.where(is_shown_BCL, place_L, length)[..., ::-1], axis=-1)
-    after_BCL = after_BCL[..., ::-1]
-    is_open = before_BCL < 0
-    before_BCL = np.where(is_open, after_BCL, before_BCL)
-    after_BCL = np.where(after_BCL == length, before_BCL, after_BCL)
-    before_BCL, after_BCL = (np.minimum(place, length - 1) for place in (before_BCL, after_BCL))
-    zero_BCL = np.where(is_shown_BCL, values_BCL, 0)
-    low_BCL = np.take_along_axis(zero_BCL, before_BCL, axis=-1)
-    high_BCL = np.take_along_axis(zero_BCL, after_BCL, axis=-1)
-    gap_BCL = np.maximum(after_BCL - before_BCL, 1)
-    share_BCL = np.clip((place_L - before_BCL) / gap_BCL, 0, 1)
-    linear_BCL = low_BCL + (high_BCL - low_BCL) * share_BCL
+    linear_BCL = fill_by_lines(
+        torch.from_numpy(np.nan_to_num(values_BCL)), torch.from_numpy(is_shown_BCL)
+    ).numpy()
     filled = {"linear_interpolation": linear_BCL, "window_mean": mean_BCL}
     return {
         model: np.where(is_shown_BCL, values_BCL, filled_BCL).astype(np.float32)

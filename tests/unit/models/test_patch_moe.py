@@ -109,6 +109,24 @@ def test_values_that_are_not_shown_have_no_effect(values_BCL, task) -> None:
         torch.testing.assert_close(model(hidden, shown, task).prediction, expected)
 
 
+def test_reconstruction_departs_from_a_straight_line(values_BCL) -> None:
+    model, shown = model_of(fills_gaps=True), all_of(values_BCL)
+    shown[0, 0, 5:9] = shown[1, 1, :3] = False
+    torch.nn.init.zeros_(model.heads["fill"].project.weight)
+    filled = model(values_BCL, shown, "fill").prediction
+    torch.testing.assert_close(filled[shown], values_BCL[shown], rtol=1e-4, atol=1e-4)
+    weight = torch.arange(1, 5) / 5
+    line = torch.lerp(values_BCL[0, 0, 4], values_BCL[0, 0, 9], weight)
+    torch.testing.assert_close(filled[0, 0, 5:9], line, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        filled[1, 1, :3], values_BCL[1, 1, 3].expand(3), rtol=1e-4, atol=1e-4
+    )
+    hidden = torch.where(shown, values_BCL, torch.nan)
+    for task in ("ahead", "fill", "tell"):
+        expected = model(values_BCL, shown, task).prediction
+        torch.testing.assert_close(model(hidden, shown, task).prediction, expected)
+
+
 def test_variates_do_not_see_one_another(values_BCL) -> None:
     model = model_of()
     changed = values_BCL.clone()
