@@ -74,7 +74,7 @@ def _horizons(
     return {
         f"{name}:{horizon}:{context}": [
             *settings,
-            *(NARROW if name in FEW_ROWS else []),
+            *NARROW.get(name, []),
             f"tasks.forecast.prediction_length={horizon}",
             f"model.context_length={context}",
         ]
@@ -84,13 +84,17 @@ def _horizons(
     }
 
 
-# A model as narrow as PatchTST's on the hourly ETT tables, which are small, at a higher rate.
-FEW_ROWS = ("ETTh1", "ETTh2", "exchange_rate")
-NARROW = [
-    "model.d_model=16", "model.feed_forward.d_ff_expert=32", "model.feed_forward.d_ff_shared=32",
-    "model.feed_forward.router.d_router=16", "model.patch_length=24", "optimizer.lr=0.005",
-    "tasks.forecast.loss=mae", "tasks.forecast.head_dropout=0",
-]  # fmt: skip
+def _narrow(lr: float) -> list[str]:
+    return [
+        "model.d_model=16", "model.feed_forward.d_ff_expert=32",
+        "model.feed_forward.d_ff_shared=32", "model.feed_forward.router.d_router=16",
+        "model.patch_length=24", f"optimizer.lr={lr}", "tasks.forecast.loss=mae",
+        "tasks.forecast.head_dropout=0",
+    ]  # fmt: skip
+
+
+# Models as narrow as PatchTST's on the hourly ETT tables, which are small.
+NARROW = {"ETTh1": _narrow(0.005), "ETTh2": _narrow(0.005), "exchange_rate": _narrow(0.001)}
 LTSF = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "weather", "exchange_rate")
 M4 = {"m4_hourly_train": 48, "m4_weekly_train": 13}
 SUITES = {
