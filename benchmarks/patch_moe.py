@@ -238,7 +238,7 @@ def markdown(suite: Suite, cells: list[dict[str, Any]]) -> str:
         for result in cell["results"]:
             where = " ".join(str(result[key]) for key in ("mask", "share") if key in result)
             line = rows.setdefault(f"{cell['set']} {where}".strip(), {})
-            model = cell["router"] if result["model"] == "tsmoe" else result["model"]
+            model = f"{cell['router']} router" if result["model"] == "tsmoe" else result["model"]
             line.setdefault(model, []).append(result)
     models = list(dict.fromkeys(model for line in rows.values() for model in line))
     others = list(dict.fromkeys(
