@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsmoe.commands.covariates import (
@@ -82,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
     for option in ("context", "horizon", "season", "batch_size"):
         require_positive(option, getattr(args, option))
     split = _parse_split(args.split)
-    from tsmoe.checkpoint.package import load_package
     from tsmoe.evaluate.report import check_output, draw_forecast, replace_file, scores_table
 
     if args.json not in (None, "-"):
@@ -93,20 +91,15 @@ def run(args: argparse.Namespace) -> int:
     if args.protocol == "gift" and (args.plot is not None or args.split is not None):
         raise ConfigError("--plot and --split are for the ltsf protocol; leave them out")
 
-    from tsmoe.inference import Forecaster, choose_device
-    from tsmoe.models.patch_moe import PatchMoE
+    from tsmoe.tasks.predictor import TaskPredictor, open_package
 
     split_names("--columns", args.columns)
-    device = choose_device(args.device)
-    model, card = load_package(Path(args.package))
-    if isinstance(model, PatchMoE):
+    forecaster = open_package(args.package, device=args.device, batch_size=args.batch_size)
+    if isinstance(forecaster, TaskPredictor):
         from tsmoe.commands.evaluate_tasks import evaluate_tasks
-        from tsmoe.tasks.predictor import TaskPredictor
 
-        predictor = TaskPredictor(model, card, device, batch_size=args.batch_size)
-        return evaluate_tasks(args, predictor, split=split)
+        return evaluate_tasks(args, forecaster, split=split)
     _check_time_tracker(args)
-    forecaster = Forecaster(model, card, device)
     data = seen_by(read_covariate_table(args, forecaster), forecaster)
     if args.context is None and args.protocol != "gift":
         args.context = forecaster.card.get("table", {}).get("context_length") or _USUAL_CONTEXT

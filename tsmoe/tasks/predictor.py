@@ -181,6 +181,22 @@ def _own_scale(context_BCL: Floats) -> tuple[Floats, Floats]:
     return loc_BC1, np.where(scale_BC1 > 0, scale_BC1, 1.0)
 
 
+def open_package(
+    path: str | Path, *, device: str = "auto", batch_size: int = 256
+) -> Forecaster | TaskPredictor:
+    """Load a package of any model; `batch_size` is that of a predictor.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+        ConfigError: if the device is not there.
+    """
+    chosen = choose_device(device)
+    model, card = load_package(Path(path))
+    if not isinstance(model, PatchMoE):
+        return Forecaster(model, card, chosen)
+    return TaskPredictor(model, card, chosen, batch_size=batch_size)
+
+
 def load_forecaster(path: str | Path, *, device: str = "auto") -> Forecaster | TaskForecaster:
     """Load a package of any model that forecasts.
 
@@ -188,12 +204,10 @@ def load_forecaster(path: str | Path, *, device: str = "auto") -> Forecaster | T
         CheckpointError: if it is missing or damaged.
         ConfigError: if it does not forecast, or the device is not there.
     """
-    chosen = choose_device(device)
-    model, card = load_package(Path(path))
-    if not isinstance(model, PatchMoE):
-        return Forecaster(model, card, chosen)
-    predictor = TaskPredictor(model, card, chosen)
-    of_card = card.get("tasks", {}).values()
+    predictor = open_package(path, device=device)
+    if not isinstance(predictor, TaskPredictor):
+        return predictor
+    of_card = predictor.card.get("tasks", {}).values()
     kinds = [kind for kind in ("forecast", "series") if any(t.get("type") == kind for t in of_card)]
     name = predictor.task(kinds[0] if kinds else "forecast")
     return TaskForecaster(predictor, name, standardises=True)
@@ -213,11 +227,10 @@ def load_predictor(path: str | Path, *, device: str = "auto") -> TaskPredictor:
         CheckpointError: if it is missing, damaged or of another model.
         ConfigError: if the device is not there.
     """
-    chosen = choose_device(device)
-    model, card = load_package(Path(path))
-    if not isinstance(model, PatchMoE):
+    opened = open_package(path, device=device)
+    if not isinstance(opened, TaskPredictor):
         raise CheckpointError(
-            f"{path}: holds a {model.config.type}, which forecasts; load it with "
+            f"{path}: holds a {opened.model.config.type}, which forecasts; load it with "
             "tsmoe.inference.Forecaster.load"
         )
-    return TaskPredictor(model, card, chosen)
+    return opened

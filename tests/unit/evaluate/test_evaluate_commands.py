@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,13 +23,12 @@ def use_package(monkeypatch: pytest.MonkeyPatch, make_forecaster) -> Callable[..
 
     def use(**settings: object) -> object:
         forecaster = make_forecaster(**settings)
-        module = ModuleType("tsmoe.inference")
 
-        def load(path: str, *, device: str) -> object:
+        def load(path: str, *, device: str, **_: object) -> object:
             return forecaster
 
-        module.Forecaster = SimpleNamespace(load=load)
-        monkeypatch.setitem(sys.modules, "tsmoe.inference", module)
+        for name in ("open_package", "load_forecaster"):
+            monkeypatch.setattr(f"tsmoe.tasks.predictor.{name}", load)
         return forecaster
 
     return use
