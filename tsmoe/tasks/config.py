@@ -340,7 +340,8 @@ def resolve_tasks(preset: dict[str, object], origin: str, overrides: list[str]) 
         ConfigError: one line that names the keys.
     """
     layers = [parse_override(text) for text in overrides]
-    values = merge_layers(preset, *layers)
+    # Among themselves first: a type drops what the preset gave, not what was typed before it.
+    values = merge_layers(preset, merge_layers(*layers))
     if isinstance(values.get("model"), str):
         raise ConfigError(
             f"model={values['model']}: {origin} trains from scratch, on its tasks; leave model= "
