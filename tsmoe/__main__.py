@@ -11,7 +11,7 @@ import sys
 from tsmoe import __version__
 from tsmoe.errors import ConfigError, TsmoeError
 
-_COMMANDS = ("data", "pretrain", "finetune", "evaluate", "forecast", "report", "plan")
+_COMMANDS = ("data", "pretrain", "finetune", "evaluate", "forecast", "report", "plan", "launch")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,6 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = build_parser()
+    if "launch" in arguments and "--" in arguments[arguments.index("launch") :]:
+        # What follows is a command of its own; argparse would share it out among the arguments.
+        place = arguments.index("--", arguments.index("launch"))
+        args = _parse(arguments[:place])
+        args.command = arguments[place + 1 :]
+        return args
     args, left = parser.parse_known_args(arguments)
     # argparse takes the settings of KEY=VALUE in one piece only; they may also stand after options.
     if left and ("settings" not in args or any(a.startswith("-") or "=" not in a for a in left)):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tsmoe.finetune.config import FinetuneConfig
+    from tsmoe.tasks.config import TaskRunConfig
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,20 +28,34 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     finetune.set_defaults(run=_finetune)
 
 
+def resolve_run(name_or_path: str, settings: list[str]) -> FinetuneConfig | TaskRunConfig:
+    """Resolve the configuration of a run of either kind.
+
+    Raises:
+        ConfigError: one line that names the keys.
+    """
+    from tsmoe.finetune.config import resolve_finetune
+    from tsmoe.tasks.config import resolve_tasks
+    from tsmoe.train.run_config import FINE_TUNING, read_preset
+
+    preset = read_preset(name_or_path, FINE_TUNING)
+    if "tasks" in preset:
+        return resolve_tasks(preset, name_or_path, settings)
+    return resolve_finetune(name_or_path, settings)
+
+
 def _finetune(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from tsmoe.finetune.config import resolve_finetune
     from tsmoe.finetune.loop import finetune
     from tsmoe.finetune.result import RESULT_FILE
     from tsmoe.ranks import launched_world_size, stop
+    from tsmoe.tasks.config import TaskRunConfig
     from tsmoe.train.loop import Outcome
-    from tsmoe.train.run_config import FINE_TUNING, read_preset
 
-    preset = read_preset(args.preset, FINE_TUNING)
-    if "tasks" in preset:
-        return _train_tasks(args, preset)
-    config = resolve_finetune(args.preset, args.settings)
+    config = resolve_run(args.preset, args.settings)
+    if isinstance(config, TaskRunConfig):
+        return _train_tasks(args, config)
     outcome, result = finetune(config)
     stop()
     if result is not None and args.json:
@@ -61,16 +80,14 @@ def _finetune(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train_tasks(args: argparse.Namespace, preset: dict[str, object]) -> int:
+def _train_tasks(args: argparse.Namespace, config: TaskRunConfig) -> int:
     """Train a model of supervised tasks from scratch."""
     from pathlib import Path
 
     from tsmoe.ranks import launched_world_size, stop
-    from tsmoe.tasks.config import resolve_tasks
     from tsmoe.tasks.run import RESULT_FILE, train_tasks
     from tsmoe.train.loop import Outcome
 
-    config = resolve_tasks(preset, args.preset, args.settings)
     outcome, result = train_tasks(config)
     stop()
     if result is not None and args.json:

@@ -244,8 +244,8 @@ def resolve_finetune(name_or_path: str, overrides: list[str]) -> FinetuneConfig:
         ConfigError: one line that names the keys.
     """
     preset = read_preset(name_or_path, FINE_TUNING)
-    layers = [preset, *(parse_override(_in_full(text)) for text in overrides)]
-    values = merge_layers(*layers)
+    layers = [parse_override(_in_full(text)) for text in overrides]
+    values = merge_layers(preset, merge_layers(*layers))
     if "table" not in values:
         raise ConfigError("no table is given; add data=TABLE.csv (or .parquet)")
     if values.get("start") is None and values.get("model") is None:

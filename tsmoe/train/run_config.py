@@ -264,4 +264,4 @@ def resolve(name_or_path: str, overrides: list[str]) -> RunConfig:
         if is_given[wanted] and not is_given[other] and preset.get(other) is not None:
             logger.info("%s is given: %s of %s is left out", wanted, other, name_or_path)
             preset = preset | {other: None}
-    return decode(RunConfig, merge_layers(preset, *given), origin=name_or_path)
+    return decode(RunConfig, merge_layers(preset, merge_layers(*given)), origin=name_or_path)

@@ -1,0 +1,154 @@
+"""Carry a plan out: hand its jobs to the queue, or start them here and keep them going."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launcher.backends import slurm
+from launcher.errors import LaunchError
+from launcher.node import block_signals
+from launcher.plan import PlannedStart
+from launcher.supervise import START_AGAIN, RestartConfig, begin, end
+
+logger = logging.getLogger(__name__)
+
+STOP_NOTE = "STOP"
+"""A file of this name in a run folder asks the run to save and end."""
+
+
+def write_files(start: PlannedStart) -> None:
+    """Write what a job reads when it starts.
+
+    Raises:
+        LaunchError: if that cannot be done.
+    """
+    for path, text in start.files.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise LaunchError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def submit_all(starts: Sequence[PlannedStart]) -> dict[str, str]:
+    """Hand jobs to the queue in their order and return their numbers by name.
+
+    Raises:
+        LaunchError: if one is refused; it names those that are in the queue already.
+    """
+    numbers: dict[str, str] = {}
+    for start in starts:
+        write_files(start)
+        try:
+            numbers[start.job.name] = slurm.submit(start, numbers)
+        except LaunchError as error:
+            if not numbers:
+                raise
+            queued = " ".join(numbers.values())
+            raise LaunchError(f"{error}; submitted before it: scancel {queued}") from error
+    return numbers
+
+
+def run_all(starts: Sequence[PlannedStart], limits: RestartConfig) -> int:
+    """Run jobs here, one after the other; the first that fails ends it with its exit code."""
+    for start in starts:
+        write_files(start)
+        code = _run(start, limits)
+        if code:
+            return code
+    return 0
+
+
+def _run(start: PlannedStart, limits: RestartConfig) -> int:
+    """Run one job; a training that ended too early is started again from its newest checkpoint."""
+    if start.job.run is None:
+        return _once(start, lambda group: os.killpg(group, signal.SIGTERM)).code
+    run = Path(start.job.run)
+
+    def ask(group: int) -> None:
+        # A signal reaches the ranks of this machine, the note all others.
+        os.killpg(group, signal.SIGUSR1)
+        if start.job.nodes > 1:
+            (run / STOP_NOTE).touch()
+
+    restart = 0
+    while True:
+        begin(run, job=None, restart=restart, limits=limits)
+        ended = _once(start, ask)
+        record = end(run, exit_code=ended.code, nodes=[os.uname().nodename], limits=limits)
+        if record.outcome == "done":
+            return 0
+        if ended.was_asked:
+            return START_AGAIN if record.outcome == "stopped" else ended.code or 1
+        if record.decision != "restart":
+            logger.error("%s: given up: %s", run, record.reason)
+            return ended.code or 1
+        logger.warning("%s: starting again: %s", run, record.reason)
+        restart += 1
+
+
+@dataclass(frozen=True)
+class _Ended:
+    code: int
+    was_asked: bool
+    """Whether somebody asked for the end."""
+
+
+def _once(start: PlannedStart, ask: Callable[[int], None]) -> _Ended:
+    """Start a job's processes in a group of their own and wait for them.
+
+    Args:
+        start: what to start.
+        ask: asks the process group to end; called at the first signal. At the second it is killed.
+    """
+    asked = 0
+    former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    block_signals()  # those of the group inherit it, and the ranks undo it when they are ready
+    try:
+        process = subprocess.Popen(
+            start.argv,
+            env=os.environ | dict(start.environment),
+            cwd=start.folder,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise LaunchError(
+            f"{start.argv[0]}: cannot be started ({error.strerror}); is it installed here?"
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former_mask)
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            ask(process.pid)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    former = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        _clear_group(process.pid)
+    return _Ended(code if code >= 0 else 128 - code, asked > 0)
+
+
+def _clear_group(group: int) -> None:
+    """End what a launcher that was killed left behind: nobody else would."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    print("tsmoe launch: ended processes that their launcher left behind", file=sys.stderr)
