@@ -5,6 +5,8 @@ import pytest
 from tsmoe.config import encode
 from tsmoe.errors import ConfigError
 from tsmoe.finetune.config import resolve_finetune
+from tsmoe.tasks.config import resolve_tasks
+from tsmoe.train.run_config import FINE_TUNING, read_preset
 
 BASE = ["model=pkg", "data=t.csv"]
 
@@ -59,3 +61,17 @@ def test_what_does_not_fit_is_named_in_one_line(preset, settings, named) -> None
     with pytest.raises(ConfigError, match=named) as caught:
         resolve_finetune(preset, settings)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_typed_before_the_type_they_belong_to_are_kept() -> None:
+    config = resolve_finetune("full", [*BASE, "engine.zero_stage=2", "engine.type=deepspeed"])
+    assert (config.engine.type, config.engine.zero_stage) == ("deepspeed", 2)
+
+
+def test_settings_of_a_task_typed_before_its_type_are_kept() -> None:
+    preset = read_preset("patch_moe_univariate", FINE_TUNING)
+    settings = ["data=t.csv", "tasks.forecast.prediction_length=48", "tasks.forecast.type=series"]
+    config = resolve_tasks(preset, "patch_moe_univariate", settings)
+    assert (config.tasks["forecast"].type, config.tasks["forecast"].prediction_length) == (
+        "series", 48
+    )  # fmt: skip

@@ -165,3 +165,11 @@ def test_corpus_and_stream_at_once_are_refused(tmp_path) -> None:
         resolve(str(both), [])
     with pytest.raises(ConfigError, match=words):
         resolve(str(both), ["seed=1"])
+
+
+def test_settings_typed_before_the_type_they_belong_to_are_kept() -> None:
+    config = resolve(
+        "time_tracker_tiny", ["model.feed_forward.d_ff=24", "model.feed_forward.type=dense"]
+    )
+    assert config.model.feed_forward.type == "dense"
+    assert config.model.feed_forward.d_ff == 24
