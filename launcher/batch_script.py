@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from launcher.containers import DockerContainer, PyxisContainer
 from launcher.environment import rank_variables
 from launcher.plan import Job
+from launcher.supervise import STOP_NOTE
 
 if TYPE_CHECKING:
     from launcher.backends.slurm import SlurmConfig
@@ -161,7 +162,7 @@ def _ranks(spec: LaunchSpec, slurm: SlurmConfig, job: Job, python: str) -> list[
 def _stop_note(slurm: SlurmConfig) -> list[str]:
     if not isinstance(slurm.container, DockerContainer):
         return []
-    return [f"""trap 'touch "$run/STOP"' {slurm.stop_signal}"""]
+    return [f"""trap 'echo requeue > "$run/{STOP_NOTE}"' {slurm.stop_signal}"""]
 
 
 def _tasks_per_node(slurm: SlurmConfig, job: Job) -> int:

@@ -16,12 +16,9 @@ from launcher.backends import slurm
 from launcher.errors import LaunchError
 from launcher.node import block_signals
 from launcher.plan import PlannedStart
-from launcher.supervise import START_AGAIN, RestartConfig, begin, end
+from launcher.supervise import START_AGAIN, STOP_NOTE, RestartConfig, begin, end
 
 logger = logging.getLogger(__name__)
-
-STOP_NOTE = "STOP"
-"""A file of this name in a run folder asks the run to save and end."""
 
 
 def write_files(start: PlannedStart) -> None:
@@ -86,7 +83,7 @@ def _run(start: PlannedStart, limits: RestartConfig) -> int:
         record = end(run, exit_code=ended.code, nodes=[os.uname().nodename], limits=limits)
         if record.outcome == "done":
             return 0
-        if ended.was_asked:
+        if ended.was_asked or record.decision == "none":
             return START_AGAIN if record.outcome == "stopped" else ended.code or 1
         if record.decision != "restart":
             logger.error("%s: given up: %s", run, record.reason)

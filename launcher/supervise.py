@@ -25,6 +25,9 @@ from launcher.errors import LaunchError
 from launcher.section import LaunchSection
 
 DONE, REQUEUE = "DONE", "REQUEUE"
+STOP_NOTE = "STOP"
+"""A file of this name in a run folder asks the run to save and end, and not to be started again;
+one that holds `requeue` asks for the end alone."""
 HISTORY, CURRENT = "restarts.jsonl", ".start.json"
 START_AGAIN = 75
 # A wrong setting, bad data: at the first start the same words would meet the same end. Later they
@@ -117,6 +120,7 @@ def begin(run: Path, *, job: str | None, restart: int, limits: RestartConfig) ->
         _close(run, exit_code=None, nodes=[], limits=limits)
     if restart and (reason := _spent(read_history(run), limits, restart)):
         raise LaunchError(f"{run}: not started again: {reason}")
+    (run / STOP_NOTE).unlink(missing_ok=True)
     started = {
         "job": job,
         "restart": restart,
@@ -203,6 +207,8 @@ def _close(
         limits=limits,
         restart=started["restart"],
     )
+    if outcome == "stopped" and _is_final(run / STOP_NOTE):
+        decision, reason = "none", f"stopped at step {step} by the note {STOP_NOTE}"
     record = StartRecord(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         job=started["job"],
@@ -253,6 +259,13 @@ def _markers(run: Path) -> dict[str, int]:
         except FileNotFoundError:
             continue
     return found
+
+
+def _is_final(note: Path) -> bool:
+    try:
+        return note.read_text(encoding="utf-8").strip() != "requeue"
+    except FileNotFoundError:
+        return False
 
 
 def _code(exit_code: int | None) -> str:

@@ -189,7 +189,7 @@ def test_rank_starts_get_a_share_of_the_cores() -> None:
             {"type": "docker", "image": "tsmoe:1", "shows_gpus": False},
             ['docker run --name "tsmoe-$SLURM_JOB_ID" --rm', "--env SLURM_NODEID",
              'docker rm --force "tsmoe-$SLURM_JOB_ID"', "#SBATCH --signal=B:USR1@300",
-             """trap 'touch "$run/STOP"' USR1"""],
+             """trap 'echo requeue > "$run/STOP"' USR1"""],
         ),
     ],
 )  # fmt: skip

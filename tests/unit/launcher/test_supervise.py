@@ -10,6 +10,7 @@ from launcher.supervise import (
     CURRENT,
     HISTORY,
     START_AGAIN,
+    STOP_NOTE,
     RestartConfig,
     StartRecord,
     begin,
@@ -150,3 +151,16 @@ def test_batch_script_hears_75_as_long_as_it_pays(
     lines = (tmp_path / HISTORY).read_text().splitlines()
     assert json.loads(lines[0])["nodes"] == ["a", "b"]
     assert json.loads(lines[0])["job"] == "12"
+
+
+@pytest.mark.parametrize(("text", "decision"), [("", "none"), ("requeue\n", "restart")])
+def test_note_ends_a_run_for_good_unless_it_says_requeue(
+    tmp_path: Path, text: str, decision: str
+) -> None:
+    begin(tmp_path, job="7", restart=0, limits=LIMITS)
+    save(tmp_path, 4)
+    (tmp_path / "REQUEUE").write_text("4")
+    (tmp_path / STOP_NOTE).write_text(text)
+    assert end(tmp_path, exit_code=0, limits=LIMITS).decision == decision
+    begin(tmp_path, job="7", restart=1, limits=LIMITS)
+    assert not (tmp_path / STOP_NOTE).exists()
