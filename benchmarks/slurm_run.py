@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,32 @@ class WatchedRun:
         return [loss for _, loss in by_step]
 
 
-def disturb(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Submit the run and let everything happen to it; return what was seen."""
-    values = {
-        "name": "queued", "nodes": 2, "ranks_per_node": 1, "threads_per_rank": 1,
-        "folder": str(folder), "environment": {"DS_ACCELERATOR": "cpu"},
+def _is_past(run: WatchedRun, *, step: int | None = None, starts: int | None = None) -> bool:
+    if step is not None:
+        return run.newest() > step
+    return starts is not None and len(run.restarts()) > starts
+
+
+def queued_values(folder: Path, args: argparse.Namespace, *, name: str) -> dict[str, Any]:
+    """Return the launch file of a run on two nodes."""
+    return {
+        "name": name,
+        "nodes": 2,
+        "threads_per_rank": 1,
+        "folder": str(folder),
+        "environment": {"DS_ACCELERATOR": "cpu"},
         "backend": {
-            "type": "slurm", "partition": args.partition, "time_limit": str(args.minutes),
+            "type": "slurm",
+            "partition": args.partition,
+            "time_limit": str(args.minutes),
             "stop_seconds_before": args.stop_seconds_before,
         },
-    }  # fmt: skip
+    }
+
+
+def disturb(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Submit the run and let everything happen to it; return what was seen."""
+    values = queued_values(folder, args, name="queued")
     command = ["pretrain", "time_tracker_tiny", "corpus=corpus", *_SETTINGS]
     steps = f"training.steps={args.steps}"
     printed = launch(folder, values, ["--", *command, "run=queued", steps])
@@ -133,6 +150,34 @@ def disturb(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     seen["steps_compared"] = len(pairs)
     seen["largest_difference_of_losses"] = max(abs(a - b) for a, b in pairs)
     return seen
+
+
+def shrink(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Go on with one node while the other is drained, and with both again."""
+    values = queued_values(folder, args, name="shrinking")
+    values["backend"] |= {"least_nodes": 1, "time_limit": "30"}
+    command = ["pretrain", "time_tracker_tiny", "corpus=corpus", *_SETTINGS]
+    printed = launch(
+        folder, values, ["--", *command, "run=shrinking", f"training.steps={args.steps}"]
+    )
+    job = printed.split(" as job ")[1].split(";")[0]
+    run = WatchedRun(folder / "shrinking")
+    for state in ("DRAIN", "RESUME"):
+        step, starts = run.newest(), len(run.restarts())
+        wait(partial(_is_past, run, step=step), "progress")
+        subprocess.run(
+            ["scontrol", "update", "NodeName=n2", f"State={state}", "Reason=benchmark"], check=True
+        )
+        subprocess.run(["scancel", "--signal=USR1", job], check=True)
+        wait(partial(_is_past, run, starts=starts), "the end of a start")
+    wait(lambda: (run.folder / "DONE").exists(), "the end of the run", seconds=1800)
+    wait(lambda: state_of(job) not in ("RUNNING", "COMPLETING", "PENDING"), "the end of the job")
+    pairs = list(zip(run.losses(), WatchedRun(folder / "alone").losses(), strict=True))
+    return {
+        "nodes_of_each_start": [len(start["nodes"]) for start in run.restarts()],
+        "steps_of_each_start": [start["step"] for start in run.restarts()],
+        "largest_difference_of_losses": max(abs(a - b) for a, b in pairs),
+    }
 
 
 def chain(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -208,7 +253,11 @@ def main() -> None:
         str(folder / "corpus"),
     ]
     subprocess.run(build, check=True, capture_output=True)
-    seen = {"chain": chain(folder, args), "disturbed": disturb(folder, args)}
+    seen = {
+        "chain": chain(folder, args),
+        "disturbed": disturb(folder, args),
+        "fewer_nodes": shrink(folder, args),
+    }
     version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True)
     # Commands that cut the power name paths of the machine.
     sys.argv[1:] = [word for word in sys.argv[1:] if "{node}" not in word]
