@@ -56,13 +56,13 @@ BANS = (
 
 # The parts of tsmoe, lowest layer first: a part imports from its own layer and those before it.
 LAYERS = (
-    ("errors", "config", "batch", "host_memory", "ranks"),
+    ("errors", "config", "batch", "host_memory", "ranks", "run_folder"),
     ("nn",),
     ("moe",),
     ("heads", "models", "losses"),
     ("data", "checkpoint", "inference"),
     ("engine", "cost"),
-    ("train", "evaluate", "report"),
+    ("train", "evaluate", "report", "status"),
     ("finetune",),
     ("tasks",),
     ("commands", "__main__"),
@@ -70,7 +70,7 @@ LAYERS = (
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 
 # Parts of tsmoe that must load in an instant, so torch only inside their functions.
-WITHOUT_TORCH = ("config", "commands", "report")
+WITHOUT_TORCH = ("config", "commands", "report", "status", "run_folder")
 SLOW_PACKAGES = ("torch", "deepspeed", "pandas", "pyarrow", "numpy")
 
 LINES_AT_MOST = 400

@@ -11,7 +11,9 @@ import sys
 from tsmoe import __version__
 from tsmoe.errors import ConfigError, TsmoeError
 
-_COMMANDS = ("data", "pretrain", "finetune", "evaluate", "forecast", "report", "plan", "launch")
+_COMMANDS = (
+    "data", "pretrain", "finetune", "evaluate", "forecast", "launch", "status", "report", "plan"
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

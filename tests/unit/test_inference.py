@@ -307,7 +307,7 @@ def test_full_disk_leaves_nothing_half_written(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tsmoe.checkpoint.layout.save_file", fill_the_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", fill_the_disk)
     with pytest.raises(CheckpointError, match=r"package.*No space left"):
         save_package(folder, make_model(), CARD)
     assert list(tmp_path.iterdir()) == ([folder] if has_older else [])

@@ -17,12 +17,12 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tsmoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
@@ -111,15 +111,23 @@ def read_meta(folder: Path) -> CheckpointMeta:
 
 def find_damage(folder: Path, meta: CheckpointMeta) -> str | None:
     """Say what is wrong with the files of a checkpoint, or None if it is whole."""
+    if damage := find_missing_bytes(folder, meta):
+        return damage
     for record in meta.files:
-        path = folder / record.name
-        if not path.exists():
+        if sha256_of(folder / record.name) != record.sha256:
+            return f"{record.name} was altered: its sha256 differs from {META_FILE}"
+    return None
+
+
+def find_missing_bytes(folder: Path, meta: CheckpointMeta) -> str | None:
+    """Say which file is missing or of another size, or None; nothing is read, so it is quick."""
+    for record in meta.files:
+        try:
+            size = (folder / record.name).stat().st_size
+        except FileNotFoundError:
             return f"{record.name} is missing"
-        size = path.stat().st_size
         if size != record.size_bytes:
             return f"{record.name} has {size} bytes instead of {record.size_bytes}"
-        if sha256_of(path) != record.sha256:
-            return f"{record.name} was altered: its sha256 differs from {META_FILE}"
     return None
 
 
@@ -157,6 +165,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         OSError, SafetensorError: if it cannot be written.
     """
+    from safetensors.torch import save_file  # torch: who only reads names does without it
+
     # safetensors makes its files readable by their owner alone.
     path.touch()
     mode = path.stat().st_mode

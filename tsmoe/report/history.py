@@ -18,8 +18,9 @@ import yaml
 
 from tsmoe.errors import DataError
 from tsmoe.report.graph import GRAPH, VariateLinks, read_graph
+from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, METRICS_FILE, REQUEUE_MARKER
 
-METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "result.json"
+RESULT = "result.json"
 # Tables of each step, which are large, are kept of so many steps, evenly apart.
 _TABLES_KEPT = 512
 
@@ -122,11 +123,11 @@ def read_run(path: Path) -> RunHistory:
     Raises:
         DataError: if it is no run, or no step was recorded yet.
     """
-    metrics = path / METRICS
+    metrics = path / METRICS_FILE
     if not metrics.is_file():
         raise DataError(
-            f"{path}: is no folder of a run (it has no {METRICS}); give what `tsmoe pretrain` or "
-            "`tsmoe finetune` was given as run="
+            f"{path}: is no folder of a run (it has no {METRICS_FILE}); give what "
+            "`tsmoe pretrain` or `tsmoe finetune` was given as run="
         )
     reader = _Reader()
     for line in _lines(metrics):
@@ -135,9 +136,9 @@ def read_run(path: Path) -> RunHistory:
         raise DataError(f"{metrics}: no step was recorded yet; try again in a moment")
     return RunHistory(
         path=path,
-        config=_config(path / CONFIG),
-        state="done" if (path / "DONE").exists()
-        else "stopped" if (path / "REQUEUE").exists() else "unfinished",
+        config=_config(path / CONFIG_FILE),
+        state="done" if (path / DONE_MARKER).exists()
+        else "stopped" if (path / REQUEUE_MARKER).exists() else "unfinished",
         steps=np.array(reader.steps),
         scalars={name: np.array(values, dtype=float) for name, values in reader.scalars.items()},
         tables=reader.tables,
@@ -156,7 +157,7 @@ def gaps(history: RunHistory) -> list[str]:
     """Say what a reader of the report will miss, and why."""
     found = []
     if not history.config:
-        found.append(f"settings: there is no readable {CONFIG}")
+        found.append(f"settings: there is no readable {CONFIG_FILE}")
     for name in (*SCALARS, *OF_STEP_BEFORE):
         values = history.scalars[name]
         first = np.flatnonzero(~np.isnan(values))
@@ -183,7 +184,8 @@ def gaps(history: RunHistory) -> list[str]:
     if not history.validation:
         found.append("validation loss: there is none yet")
     if history.num_unreadable:
-        found.append(f"{history.num_unreadable} line(s) of {METRICS}: cannot be read, left out")
+        lines = f"{history.num_unreadable} line(s) of {METRICS_FILE}"
+        found.append(f"{lines}: cannot be read, left out")
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tsmoe.errors import ConfigError
 from tsmoe.ranks import Ranks
+from tsmoe.run_folder import LOCK_FILE
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
     is_held = True
     if ranks.is_first:
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("w")
+        file = (run / LOCK_FILE).open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
