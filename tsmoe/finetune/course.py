@@ -29,7 +29,9 @@ from tsmoe.finetune.guard import Guard, PatienceConfig
 from tsmoe.finetune.trainable import count_trainable
 from tsmoe.models import ModelConfig
 from tsmoe.ranks import Ranks
-from tsmoe.train.loop import DONE_MARKER, REQUEUE_MARKER, Outcome, seed_step
+from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, REQUEUE_MARKER
+from tsmoe.train.held_out import HeldOutForecasts
+from tsmoe.train.loop import Outcome, seed_step
 from tsmoe.train.objective import Objective
 from tsmoe.train.record import RunRecord
 from tsmoe.train.run_config import LoopConfig
@@ -117,8 +119,8 @@ class Work(Protocol[Result]):
         """Name a series by its number in a batch."""
         ...
 
-    def error(self, model: Any) -> float:
-        """Return the validation error. Collective."""
+    def error(self, model: Any, show: HeldOutForecasts | None = None) -> float:
+        """Return the validation error; `show` takes some forecasts out. Collective."""
         ...
 
     def start_error(self, like: Any) -> float | None:
@@ -195,7 +197,7 @@ class Course(Generic[Result]):
         for marker in (DONE_MARKER, REQUEUE_MARKER):
             (self.folder / marker).unlink(missing_ok=True)
         text = yaml.safe_dump(encode(self.run.config), sort_keys=False)
-        write_text(self.folder / "config.yaml", text)
+        write_text(self.folder / CONFIG_FILE, text)
         logger.info(
             "%s: %d training windows of %s, %s parameters learn",
             self.folder, self.work.num_windows, self.work.source,
@@ -239,9 +241,7 @@ class Course(Generic[Result]):
                 done += 1
                 is_stopping = report.flags[0] > 0
                 if done % training.validate_every_steps == 0 or done == training.steps:
-                    error_now = self.work.error(engine.model)
-                    self.guard.add(done, error_now)
-                    record.validated(done - 1, error_now)
+                    self._validate(engine, record, done)
                     self._save(saver, engine, done)
                     if self.guard.is_exhausted:
                         break
@@ -280,6 +280,15 @@ class Course(Generic[Result]):
         telemetry.step_ended(**times)
         record.stepped(step, report, engine.model.routers(), **times)
         return report
+
+    def _validate(self, engine: Engine, record: RunRecord, done: int) -> None:
+        """Measure the error, remember and record it, with some forecasts. Collective."""
+        begun = time.monotonic()
+        show = HeldOutForecasts(self.work.series_name) if self.ranks.is_first else None
+        error = self.work.error(engine.model, show)
+        self.guard.add(done, error)
+        seconds = time.monotonic() - begun
+        record.validated(done - 1, error, seconds=seconds, forecasts=show.found if show else ())
 
     def _save(self, saver: CheckpointSaver, engine: Engine, done: int) -> None:
         """Save, and protect the best one so far. Collective."""

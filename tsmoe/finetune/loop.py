@@ -24,6 +24,7 @@ from tsmoe.finetune.validation import Validation
 from tsmoe.finetune.windows import TableWindows
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.ranks import CommunicationMeter, Ranks
+from tsmoe.train.held_out import HeldOutForecasts
 from tsmoe.train.loop import Outcome
 from tsmoe.train.objective import NextPatchObjective, Objective
 from tsmoe.train.run_lock import run_lock
@@ -91,9 +92,9 @@ class TableWork:
         """Name a variate."""
         return self.split.table.variates[number]
 
-    def error(self, model: TimeTracker) -> float:
+    def error(self, model: TimeTracker, show: HeldOutForecasts | None = None) -> float:
         """Return the mean squared error of validation forecasts. Collective."""
-        return self.validation.error(model)
+        return self.validation.error(model, show)
 
     def start_error(self, like: TimeTracker) -> float | None:
         """Return that of the start as it was pretrained. Collective."""

@@ -23,6 +23,7 @@ from tsmoe.inference import Forecaster
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.ranks import Ranks
+from tsmoe.train.held_out import HeldOutForecasts
 
 # Windows of one pass through the model.
 _BLOCK = 64
@@ -36,8 +37,13 @@ class Validation:
     split: SplitTable
     ranks: Ranks
 
-    def error(self, model: TimeTracker) -> float:
-        """Return the mean squared error of the forecasts, scaled by the train part. Collective."""
+    def error(self, model: TimeTracker, show: HeldOutForecasts | None = None) -> float:
+        """Return the mean squared error of the forecasts, scaled by the train part. Collective.
+
+        Args:
+            model: of this rank.
+            show: takes some of this rank's forecasts out.
+        """
         split, ranks = self.split, self.ranks
         was_training = model.training
         forecaster = Forecaster(model, {}, ranks.device)
@@ -54,6 +60,14 @@ class Validation:
                     future_BFQ=block.target_BCQ[:, split.num_variates - num_known :],
                 )
             target_BCQ = block.target_BCQ[:, : split.num_targets]
+            if show is not None:
+                quantiles_BCQK = forecast.quantiles_BCQK
+                show.add(
+                    block.context_BCL[:, : split.num_targets],
+                    target_BCQ,
+                    forecast.mean_BCQ[..., None] if quantiles_BCQK is None else quantiles_BCQK,
+                    levels=forecaster.quantile_levels,
+                )
             counts_BCQ = np.isfinite(target_BCQ)
             counts_BCQ &= is_own_B[block.first :][: len(target_BCQ), None, None]
             error = (forecast.mean_BCQ - target_BCQ)[counts_BCQ].astype(np.float64)

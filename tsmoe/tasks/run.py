@@ -51,6 +51,7 @@ from tsmoe.tasks.objective import TaskObjective, validation_errors
 from tsmoe.tasks.predictor import TaskPredictor
 from tsmoe.tasks.series import SeriesForecastTask
 from tsmoe.tasks.task import Task, TaskEvaluation
+from tsmoe.train.held_out import HeldOutForecasts
 from tsmoe.train.loop import Outcome
 from tsmoe.train.objective import Objective
 from tsmoe.train.run_lock import run_lock
@@ -198,12 +199,12 @@ class TaskWork:
         """Name what a window of the last step was cut from."""
         return self._served.series_name(number)
 
-    def error(self, model: PatchMoE) -> float:
+    def error(self, model: PatchMoE, show: HeldOutForecasts | None = None) -> float:
         """Return the mean over tasks of their validation errors. Collective.
 
         Of points the mean squared error in the scaled unit, of classes the Brier score.
         """
-        errors = [self._error_of(model, task) for task in self.tasks.values()]
+        errors = [self._error_of(model, task, show) for task in self.tasks.values()]
         return math.fsum(errors) / len(errors)
 
     def start_error(self, like: PatchMoE) -> float | None:  # noqa: ARG002
@@ -273,7 +274,7 @@ class TaskWork:
         )
 
     @torch.no_grad()
-    def _error_of(self, model: PatchMoE, task: Task) -> float:
+    def _error_of(self, model: PatchMoE, task: Task, show: HeldOutForecasts | None) -> float:
         ranks, size = self.ranks, self.run.training.micro_batch_size
         places = uniformly_spaced(task.num_validation, self.run.config.stopping.max_windows)
         places, is_own = share_of_rank(places, rank=ranks.rank, ranks=ranks.size)
@@ -285,6 +286,8 @@ class TaskWork:
             batch = task.validation_batch(places[block]).to(ranks.device)
             with exact_onednn_matmul(ranks.device):
                 output = model(**model.arguments(batch))
+            if show is not None:
+                show.see(model, batch, output, series_name=task.series_name)
             error_B, count_B = validation_errors(output.prediction, batch)
             counts_B = torch.from_numpy(is_own[block]).to(ranks.device)
             sums[0] += error_B.double()[counts_B].sum()

@@ -32,6 +32,8 @@ from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
 from tsmoe.errors import CheckpointError, TrainingError
 from tsmoe.ranks import CommunicationMeter, Ranks
+from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, REQUEUE_MARKER
+from tsmoe.train.held_out import HeldOutForecasts
 from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.open_data import RunData, check_stream, open_data, open_source
 from tsmoe.train.order_check import check_same_order
@@ -45,8 +47,6 @@ from tsmoe.train.step import StepReport, training_step, validation_loss
 from tsmoe.train.telemetry import StepTelemetry
 
 logger = logging.getLogger(__name__)
-
-DONE_MARKER, REQUEUE_MARKER = "DONE", "REQUEUE"
 
 
 class Outcome(Enum):
@@ -111,7 +111,7 @@ def _pretrain(config: RunConfig, ranks: Ranks) -> Outcome:
         run.mkdir(parents=True, exist_ok=True)
         for marker in (DONE_MARKER, REQUEUE_MARKER):
             (run / marker).unlink(missing_ok=True)
-        write_text(run / "config.yaml", yaml.safe_dump(encode(config), sort_keys=False))
+        write_text(run / CONFIG_FILE, yaml.safe_dump(encode(config), sort_keys=False))
     return _train(config, engine, data, first_step, first_window)
 
 
@@ -141,7 +141,7 @@ def _train(
                 if done % config.checkpoint.every_steps == 0 or is_last:
                     saver.begin(course.meta(done), engine.snapshot())
                 if done % training.validate_every_steps == 0 or done == training.steps:
-                    record.validated(step, _validate(config, engine, data.validation))
+                    _validate(config, engine, data, record, step)
                 if is_last:
                     break
         saver.close(must_succeed=True)
@@ -245,14 +245,22 @@ def _step(
     )
 
 
-def _validate(config: RunConfig, engine: Engine, batches: list[WindowBatch]) -> float:
-    return validation_loss(
+def _validate(
+    config: RunConfig, engine: Engine, data: RunData, record: RunRecord, step: int
+) -> None:
+    """Measure the loss on held-out windows and record it, with some forecasts. Collective."""
+    begun = time.monotonic()
+    show = HeldOutForecasts(data.corpus.item_id) if engine.ranks.is_first else None
+    loss = validation_loss(
         engine,
-        batches,
+        data.validation,
         objective=NextPatchObjective(
             error_unit=config.training.error_unit, target_clip=config.training.target_clip
         ),
+        show=show,
     )
+    seconds = time.monotonic() - begun
+    record.validated(step, loss, seconds=seconds, forecasts=show.found if show else ())
 
 
 @contextmanager

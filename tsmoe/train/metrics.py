@@ -18,6 +18,9 @@ from torch import Tensor
 from tsmoe.checkpoint.layout import write_text
 from tsmoe.errors import CheckpointError
 from tsmoe.moe.routers import AnyRouter
+from tsmoe.run_folder import METRICS_FILE
+from tsmoe.train.board import FORECASTS_TAG, SETTINGS_TAG, layout, settings_text
+from tsmoe.train.held_out import HeldOutForecast, draw_forecasts
 from tsmoe.train.load_history import DEAD_AFTER_STEPS, LoadHistory
 from tsmoe.train.step import StepReport
 from tsmoe.train.telemetry import StepCost
@@ -68,12 +71,15 @@ class MetricsWriter:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run / "metrics.jsonl"
+        path = run / METRICS_FILE
         self._history = LoadHistory()
         _keep_before(path, first_step, self._history)
         # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
         self._lines: FileIO = path.open("ab", buffering=0)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        if (settings := settings_text(run)) is not None:
+            self._board.add_text(SETTINGS_TAG, settings, first_step)
+        self._has_layout = False
         self._log_every_steps = log_every_steps
         self._start = start
 
@@ -125,6 +131,7 @@ class MetricsWriter:
             share_ME = report.load_ME / report.load_ME.sum(-1, keepdim=True).clamp(min=1)
             of_experts = _by_expert("load_share", share_ME) | _by_expert("load_bias", bias_ME)
             self._write_scalars(step, scalars | _by_layer(by_layer) | of_experts)
+            self._show(num_layers=len(report.load_ME))
 
     def write_sources(self, step: int, shares: Mapping[str, float]) -> None:
         """Record the part that each source had in the windows since the last such line."""
@@ -139,18 +146,39 @@ class MetricsWriter:
         scalars = {"epoch": counts["epoch"], "series_used": counts["used"], "dropped": dropped}
         self._write_scalars(step, {f"stream/{name}": value for name, value in scalars.items()})
 
-    def write_validation(self, step: int, loss: float) -> None:
-        """Record the validation loss after a step, and show pictures of the loads so far."""
-        self._write_line({"step": step, "loss/validation": loss})
-        self._write_scalars(step, {"loss/validation": loss})
+    def write_validation(
+        self,
+        step: int,
+        loss: float,
+        *,
+        seconds: float,
+        forecasts: Sequence[HeldOutForecast] = (),
+    ) -> None:
+        """Record the validation loss after a step; show pictures of loads so far and forecasts."""
+        scalars = {"loss/validation": loss, "speed/validation_seconds": seconds}
+        self._write_line({"step": step, **scalars})
+        self._write_scalars(step, scalars)
         for name, picture in self._history.pictures().items():
             self._board.add_image(f"experts/{name}", picture, step, dataformats="HWC")
+        if forecasts:
+            self._board.add_image(FORECASTS_TAG, draw_forecasts(forecasts), step, dataformats="HWC")
         self._board.flush()
 
     def close(self) -> None:
         """Write out what is buffered."""
         self._lines.close()
         self._board.close()
+
+    def _show(self, *, num_layers: int) -> None:
+        """Let tensorboard see the step now: what is buffered when a run is killed is lost.
+
+        The steps before the checkpoint that the run goes on from are not done again, so they would
+        stay missing.
+        """
+        if not self._has_layout:
+            self._board.add_custom_scalars(layout(num_layers))
+            self._has_layout = True
+        self._board.flush()
 
     def _write_line(self, values: dict[str, Any]) -> None:
         try:

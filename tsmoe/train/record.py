@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from tsmoe.models import ModelConfig
 from tsmoe.moe.routers import AnyRouter
 from tsmoe.ranks import Ranks
+from tsmoe.train.held_out import HeldOutForecast
 from tsmoe.train.metrics import MetricsWriter, load_biases
 from tsmoe.train.progress import TrainingProgress
 from tsmoe.train.run_config import LoopConfig
@@ -113,8 +114,15 @@ class RunRecord:
         if self._writer is not None and counts:
             self._writer.write_stream(step, counts)
 
-    def validated(self, step: int, loss: float) -> None:
-        """Record the validation loss after a step."""
+    def validated(
+        self,
+        step: int,
+        loss: float,
+        *,
+        seconds: float,
+        forecasts: Sequence[HeldOutForecast] = (),
+    ) -> None:
+        """Record the validation loss after a step, what it took, and some of its forecasts."""
         self._progress.validated(loss)
         if self._writer is not None:
-            self._writer.write_validation(step, loss)
+            self._writer.write_validation(step, loss, seconds=seconds, forecasts=forecasts)

@@ -21,6 +21,7 @@ from tsmoe.losses import LossTerms
 from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.nn.spans import NO_SERIES
 from tsmoe.ranks import Ranks
+from tsmoe.train.held_out import HeldOutForecasts
 from tsmoe.train.objective import Objective
 from tsmoe.train.telemetry import StepCost, StepTelemetry
 
@@ -252,9 +253,20 @@ def _counts(
 
 @torch.no_grad()
 def validation_loss(
-    engine: Engine, batches: Sequence[WindowBatch], *, objective: Objective
+    engine: Engine,
+    batches: Sequence[WindowBatch],
+    *,
+    objective: Objective,
+    show: HeldOutForecasts | None = None,
 ) -> float:
-    """Return the mean loss over the points of all ranks' batches. Collective."""
+    """Return the mean loss over the points of all ranks' batches. Collective.
+
+    Args:
+        engine: holds the model.
+        batches: of this rank; as many as any other rank's.
+        objective: what the loss is.
+        show: takes some forecasts of this rank out; the ranks need not agree on it.
+    """
     ranks = engine.ranks
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     engine.model.eval()
@@ -262,6 +274,8 @@ def validation_loss(
         # Not engine.forward: an engine's forward prepares a backward pass that will not come.
         with exact_onednn_matmul(ranks.device):
             output = engine.model(**engine.model.arguments(batch))
+        if show is not None:
+            show.see(engine.model, batch, output)
         term = objective.loss(engine.model, output, batch, ranks=ranks)
         sums += torch.stack((term.error_B.sum(dtype=torch.float64), term.count_B.sum().double()))
     engine.model.train()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tsmoe.errors import CheckpointError
+from tsmoe.train.board import listed
 from tsmoe.train.metrics import MetricsWriter, expert_metrics
 from tsmoe.train.step import StepReport
 from tsmoe.train.telemetry import StepCost
@@ -149,7 +151,7 @@ def test_pictures_of_loads_come_with_the_validation(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, first_step=0, log_every_steps=2)
     for step in range(5):
         writer.write_step(step, report(1.0), bias_ME=torch.zeros(3, 4), speed=SPEED)
-    writer.write_validation(4, 1.0)
+    writer.write_validation(4, 1.0, seconds=0.1)
     writer.close()
     board = board_of(tmp_path)
     by_layer = board.Images("experts/load_by_layer")[0]
@@ -190,9 +192,11 @@ def test_cut_line_before_the_resumed_step_is_dropped(tmp_path: Path) -> None:
 
 def test_validation_loss_is_a_line_of_its_own(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, first_step=0, log_every_steps=1)
-    writer.write_validation(7, 1.5)
+    writer.write_validation(7, 1.5, seconds=0.25)
     writer.close()
-    assert lines(tmp_path) == [{"step": 7, "loss/validation": 1.5}]
+    assert lines(tmp_path) == [
+        {"step": 7, "loss/validation": 1.5, "speed/validation_seconds": 0.25}
+    ]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
@@ -201,5 +205,41 @@ def test_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
     writer._lines.close()
     writer._lines = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.raises(CheckpointError, match=r"/dev/full: cannot be written .*No space left"):
-        writer.write_validation(0, 1.0)
+        writer.write_validation(0, 1.0, seconds=0.1)
     writer.close()
+
+
+def test_tags_of_runs_that_few_have_are_in_the_list(tmp_path: Path) -> None:
+    """Those of every run are held against the list in tests/integration/test_board_of_runs.py."""
+    writer = MetricsWriter(tmp_path, first_step=0, log_every_steps=110)
+    for step in range(111):
+        of_step = replace(report(1.0), regulariser=0.5)
+        writer.write_step(step, of_step, bias_ME=torch.zeros(3, 4), speed=SPEED)
+    writer.write_stream(110, {"epoch": 1, "used": 5, "drops": {"short": 2, "flat": 1}})
+    writer.close()
+    board = board_of(tmp_path)
+    found = {listed(name, "scalars") for name in board.Tags()["scalars"]}
+    assert None not in found
+    names = {tag.name for tag in found}
+    assert names >= {"loss/regulariser", "experts/dead/layer_{layer}", "stream/epoch",
+                     "stream/series_used", "stream/dropped"}  # fmt: skip
+    assert [event.value for event in board.Scalars("stream/dropped")] == [3]
+
+
+def test_what_was_logged_is_in_the_file_before_the_run_ends(tmp_path: Path) -> None:
+    """A run that is killed must not lose points that it will not make again."""
+    writer = MetricsWriter(tmp_path, first_step=0, log_every_steps=2)
+    for step in range(6):
+        writer.write_step(step, report(1.0), bias_ME=torch.zeros(3, 4), speed=SPEED)
+    assert [event.step for event in board_of(tmp_path).Scalars("loss/train")] == [0, 2, 4]
+    writer.close()
+
+
+def test_settings_of_each_start_are_a_text(tmp_path: Path) -> None:
+    for first_step, text in ((0, "seed: 1\n"), (4, "seed: 2\n  - <b>\n")):
+        (tmp_path / "config.yaml").write_text(text)
+        MetricsWriter(tmp_path, first_step=first_step, log_every_steps=2).close()
+    events = board_of(tmp_path).Tensors("run/settings/text_summary")
+    texts = [event.tensor_proto.string_val[0].decode() for event in events]
+    assert [event.step for event in events] == [0, 4]
+    assert texts == ["    seed: 1", "    seed: 2\n      - <b>"]
