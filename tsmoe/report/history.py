@@ -18,7 +18,16 @@ import yaml
 
 from tsmoe.errors import DataError
 from tsmoe.report.graph import GRAPH, VariateLinks, read_graph
-from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, METRICS_FILE, REQUEUE_MARKER
+from tsmoe.report.survival import KeptCheckpoint, kept_checkpoints
+from tsmoe.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    DONE_MARKER,
+    METRICS_FILE,
+    REQUEUE_MARKER,
+    EndOfStart,
+    read_ends,
+)
 
 RESULT = "result.json"
 # Tables of each step, which are large, are kept of so many steps, evenly apart.
@@ -108,6 +117,9 @@ class RunHistory:
     """Of a fine-tuning run that is done: whether what was learned is better than its start."""
     graph: VariateLinks | None
     """Of the variates, once a fine-tuning run that mixes them is done."""
+    ends: list[EndOfStart]
+    """How its starts ended, where a launcher wrote it down."""
+    checkpoints: list[KeptCheckpoint]
     num_unreadable: int
     """Lines that are not as a run writes them: cut short by a kill, being written, or altered."""
 
@@ -149,6 +161,8 @@ def read_run(path: Path) -> RunHistory:
         starts=reader.starts,
         verdict=_verdict(path / RESULT),
         graph=read_graph(path / GRAPH),
+        ends=read_ends(path),
+        checkpoints=kept_checkpoints(path / CHECKPOINTS_FOLDER),
         num_unreadable=reader.num_unreadable,
     )  # fmt: skip
 

@@ -28,6 +28,8 @@ _SECTIONS = (
     ("Ranks", ("stragglers",)),
     ("Data", ("sources",)),
     ("Variates", ("graph",)),
+    ("Starts", ()),
+    ("Checkpoints", ()),
 )
 
 
@@ -46,6 +48,8 @@ def page(history: RunHistory, summary: Mapping[str, Any], pictures: Mapping[str,
         "Ranks": _rank_table(summary["stragglers"]),
         "Data": _data_table(summary),
         "Variates": "",
+        "Starts": _end_table(summary["ends"]),
+        "Checkpoints": _checkpoint_table(summary["checkpoints"]),
     }
     parts = [f"<h1>Run {escape(history.path.name)}</h1>", f"<p>{escape(headline(summary))}</p>"]
     if summary["verdict"]:
@@ -56,7 +60,7 @@ def page(history: RunHistory, summary: Mapping[str, Any], pictures: Mapping[str,
             parts += [
                 f"<h2>{title}</h2>",
                 tables[title],
-                f'<div class="grid">{"".join(shown)}</div>',
+                *([f'<div class="grid">{"".join(shown)}</div>'] if shown else []),
             ]
     if summary["missing"]:
         items = "".join(f"<li>{escape(text)}</li>" for text in summary["missing"])
@@ -186,6 +190,37 @@ def _data_table(summary: Mapping[str, Any]) -> str:
         rows = [(str(key), str(value)) for key, value in summary["stream"].items()]
         found += _table(("stream", ""), rows)
     return found
+
+
+def _end_table(ends: Sequence[Mapping[str, Any]]) -> str:
+    if not ends:
+        return ""
+    rows = [
+        (_clock(end["time"]), str(end["restart"]), end["job"] or "-",
+         ", ".join(end["nodes"]) or "-",
+         f"{end['step_before']:,}", f"{end['step']:,}", f"{end['outcome']} ({end['exit_code']})",
+         end["decision"].replace("_", " "), end["reason"])
+        for end in ends
+    ]  # fmt: skip
+    restarts = sum(end["decision"] == "restart" for end in ends)
+    header = ("ended (UTC)", "start", "job", "nodes", "from step", "to step", "outcome (exit code)",
+              "then", "reason")  # fmt: skip
+    return f"<p>Restarted {restarts} time(s) by the launcher.</p>" + _table(header, rows)
+
+
+def _checkpoint_table(checkpoints: Sequence[Mapping[str, Any]]) -> str:
+    if not checkpoints:
+        return ""
+    rows = [
+        (f"{kept['step']:,}", _clock(kept["saved"]), _scaled(kept["size_bytes"], 2**20),
+         kept["damage"] or "yes")
+        for kept in checkpoints
+    ]  # fmt: skip
+    return _table(("step", "saved (UTC)", "MiB", "whole (by sizes)"), rows)
+
+
+def _clock(time: str | None) -> str:
+    return "-" if time is None else time[:19].replace("T", " ")
 
 
 def _scaled(value: float | None, unit: float) -> str:

@@ -6,11 +6,13 @@ Shapes: S steps, M expert layers, E routed experts, R ranks.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from tsmoe.report.history import BY_RANK, EXCHANGE_BY_LAYER, RunHistory, gaps
+from tsmoe.report.survival import summarise_end
 
 # What a run is like now is the mean over so many of its newest tables.
 _NEWEST = 20
@@ -39,6 +41,8 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "sources": history.sources[-1][1] if history.sources else None,
         "stream": history.streams[-1][1] if history.streams else None,
         "verdict": history.verdict,
+        "ends": [summarise_end(end) for end in history.ends],
+        "checkpoints": [asdict(checkpoint) for checkpoint in history.checkpoints],
         "missing": gaps(history),
     }
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from status_run import write_checkpoint, write_ends
 from tsmoe.__main__ import main
 from tsmoe.errors import DataError
 from tsmoe.report.history import Thinned, read_run
@@ -287,3 +288,32 @@ def test_long_curves_keep_their_mean_and_skip_what_is_unknown() -> None:
     steps, means = thin(np.arange(8000), np.arange(8000.0))
     assert len(means) == 1000
     np.testing.assert_allclose(means, steps)
+
+
+def test_starts_and_checkpoints_are_tables_of_the_page(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run")
+    write_checkpoint(run, 10, age=900)
+    write_checkpoint(run, 20, age=300, cut=True)
+    write_ends(run, {"reason": "node <n1> was lost", "decision": "restart"},
+               {"restart": 1, "outcome": "done", "decision": "none", "exit_code": 0, "step": 40,
+                "reason": ""})  # fmt: skip
+    written = write_report(run)
+    first, second = written.summary["ends"]
+    assert (first["outcome"], first["decision"], first["nodes"]) == ("crashed", "restart", ["n1"])
+    assert (second["restart"], second["step"]) == (1, 40)
+    kept = [(kept["step"], kept["damage"]) for kept in written.summary["checkpoints"]]
+    assert kept == [(10, None), (20, "dense.safetensors has 50 bytes instead of 100")]
+    assert written.summary["checkpoints"][0]["saved"] == "2027-01-15T07:45:00+00:00"
+    text = written.page.read_text()
+    for words in ("Restarted 1 time(s)", "node &lt;n1&gt; was lost", "crashed (1)",
+                  "50 bytes instead of 100", "2027-01-15 07:45:00"):  # fmt: skip
+        assert words in text
+    without_pictures = re.sub(r'"data:image/png;base64,[^"]*"', "", text)
+    assert not re.search(r"//|@import|url\(|<script|<link", without_pictures)
+
+
+def test_run_without_starts_or_checkpoints_has_no_such_tables(whole) -> None:
+    assert whole.summary["ends"] == whole.summary["checkpoints"] == []
+    text = whole.page.read_text()
+    assert "<h2>Starts" not in text
+    assert "<h2>Checkpoints" not in text
