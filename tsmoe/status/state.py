@@ -43,6 +43,8 @@ LEAST_SILENCE_SECONDS = 120.0
 START_SECONDS = 600.0
 # So many of the slowest recent step, or of the last validation, may go by without a line.
 _STEPS_OF_SILENCE, _VALIDATIONS_OF_SILENCE = 10, 3
+# Files of a folder that was copied are as old as one another, but for so much.
+_COPY_SECONDS = 5.0
 
 
 class Health(Enum):
@@ -177,11 +179,12 @@ def _health(
 ) -> tuple[Health, str]:
     started = signs.get(LOCK_FILE, 0.0)
     silence = now - max(signs.values(), default=0.0)
-    is_starting = now - started < START_SECONDS and signs.get(METRICS_FILE, 0.0) < started
+    before_start = started - _COPY_SECONDS
+    is_starting = now - started < START_SECONDS and signs.get(METRICS_FILE, 0.0) < before_start
     # A marker of an earlier start stays until the next one has opened its data.
     for name, health in ((DONE_MARKER, Health.DONE), (REQUEUE_MARKER, Health.STOPPED)):
         written = _changed(run / name)
-        if written is not None and not (is_starting and written < started):
+        if written is not None and not (is_starting and written < before_start):
             return health, "" if health is Health.DONE else "goes on when started again"
     if ends and ends[-1].time.timestamp() >= started:
         end = ends[-1]

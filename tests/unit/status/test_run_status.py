@@ -66,6 +66,12 @@ def test_marker_tells_how_a_run_ended(make_run: MakeRun, marker: str, health: st
     set_age(run / marker, 90_000)
     set_age(run / ".lock", 95_000)
     assert look_at(run, now=NOW).health.value == health
+    # A copy is as new as it is.
+    for name in (".lock", "config.yaml", "metrics.jsonl", marker):
+        set_age(run / name, 3.0 if name == ".lock" else 4.0)
+    assert look_at(run, now=NOW).health.value == health
+    for name in ("config.yaml", "metrics.jsonl", marker):
+        set_age(run / name, 90_000)
     # Started again: the marker stays until the data are open.
     set_age(run / ".lock", 60)
     assert look_at(run, now=NOW).health is Health.RUNNING
