@@ -57,9 +57,9 @@ TAGS: tuple[Tag, ...] = (
         "Loss",
         ("loss/train", "train and validation", "mean over the points of the step"),
         ("loss/validation", "train and validation", "of held-out windows; fine-tuning: the error"),
-        ("loss/regulariser", "added to the loss", "such as what balances experts", "with one"),
         ("optimizer/grad_norm", "gradient norm", "before clipping"),
         ("optimizer/lr", "learning rate", "of the step"),
+        ("loss/regulariser", "added to the loss", "such as what balances experts", "with one"),
     ),
     *_tags(
         "Speed",
