@@ -31,7 +31,7 @@ def pretrain_command(settings: list[str], *, ranks: int) -> list[str]:
     if ranks == 1:
         return [sys.executable, "-m", *program]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    return [*launcher, "--master_port", str(_free_port()), "-m", *program]
+    return [*launcher, "--master_port", str(free_port()), "-m", *program]
 
 
 def environment() -> dict[str, str]:
@@ -69,7 +69,8 @@ def last_validation(run: Path) -> float:
     return [loss for loss in found if loss is not None][-1]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Find a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
