@@ -144,6 +144,14 @@ class Ranks:
                 self.meter.record("all_reduce", bytes_out=round(share * size))
         return tensor
 
+    def swap(self, tensor: Tensor, other: int) -> Tensor:
+        """Exchange a tensor with one other rank of the world, which must call it too."""
+        received = torch.empty_like(tensor)
+        pair = [dist.P2POp(dist.isend, tensor, other), dist.P2POp(dist.irecv, received, other)]
+        for work in dist.batch_isend_irecv(pair):
+            work.wait()
+        return received
+
     def barrier(self) -> None:
         """Wait for every rank of the group."""
         if self.size > 1:
@@ -266,39 +274,67 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(*, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, device: str = "auto") -> Ranks:
+def start(
+    *,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    device: str = "auto",
+    store: dist.Store | None = None,
+) -> Ranks:
     """Join the processes that a launcher (deepspeed, torchrun, accelerate, srun) started.
 
     Collective: every rank must call it. Communicates by gloo on CPU and NCCL on GPUs; a collective
     that waits for a lost rank fails after `timeout_seconds` instead of hanging.
 
+    Args:
+        timeout_seconds: of every collective.
+        device: auto, cpu or cuda.
+        store: where the ranks meet, if they have met before; else at MASTER_ADDR.
+
     Raises:
         ConfigError: if the launcher's variables are incomplete.
     """
-    _map_slurm_variables()
+    size = launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    torch_device = _choose_device(device, local_rank)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    torch_device = choose_device(device, local_rank)
     if size == 1:
         return Ranks(device=torch_device)
-    if torch_device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Otherwise each rank of this machine takes all cores, and they get in one another's way.
-        neighbours = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(neighbours)))
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE is {size} but {', '.join(missing)} is not set; start the ranks with "
-            "deepspeed, torchrun or accelerate, or export the missing variables"
-        )
+    share_cores(torch_device, size)
+    check_launch_variables()
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if torch_device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
+            store=store,
+            rank=-1 if store is None else int(os.environ["RANK"]),
+            world_size=-1 if store is None else size,
         )
     return Ranks(
         rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=torch_device
     )
+
+
+def share_cores(device: torch.device, world_size: int) -> None:
+    """Leave each rank of this machine its part of the cores, where it computes on them."""
+    if world_size > 1 and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Otherwise each takes all cores, and they get in one another's way.
+        neighbours = (
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
+        )
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(neighbours)))
+
+
+def check_launch_variables() -> None:
+    """Refuse a launcher that does not say where its ranks meet.
+
+    Raises:
+        ConfigError: naming the variables.
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {launched_world_size()} but {', '.join(missing)} is not set; start the "
+            "ranks with deepspeed, torchrun or accelerate, or export the missing variables"
+        )
 
 
 def stop() -> None:
@@ -320,7 +356,12 @@ def _map_slurm_variables() -> None:
             os.environ[ours] = os.environ[slurm]
 
 
-def _choose_device(wanted: str, local_rank: int) -> torch.device:
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """Return the device that a rank computes on, and make a GPU the current one of this thread.
+
+    Raises:
+        ConfigError: if there is no GPU left for it.
+    """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":
