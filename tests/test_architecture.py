@@ -63,7 +63,7 @@ LAYERS = (
     ("data", "checkpoint", "inference"),
     ("engine", "cost"),
     ("train", "evaluate", "report", "status"),
-    ("finetune",),
+    ("finetune", "preflight"),
     ("tasks",),
     ("commands", "__main__"),
 )

@@ -12,7 +12,8 @@ from tsmoe import __version__
 from tsmoe.errors import ConfigError, TsmoeError
 
 _COMMANDS = (
-    "data", "pretrain", "finetune", "evaluate", "forecast", "launch", "status", "report", "plan"
+    "data", "pretrain", "finetune", "evaluate", "forecast", "plan", "preflight", "launch", "status",
+    "report",
 )  # fmt: skip
 
 

@@ -13,9 +13,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Pretrain a model. With one process as it is, with many under deepspeed "
         "(--module tsmoe pretrain ..), torchrun (-m tsmoe pretrain ..), accelerate or srun.",
     )
-    _add_config_arguments(pretrain)
-    # DeepSpeed's launcher passes it; the environment says the same.
-    pretrain.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add_run_arguments(pretrain)
     pretrain.set_defaults(run=_pretrain)
 
     config = subparsers.add_parser("config", help="print the resolved configuration of a run")
@@ -30,6 +28,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     export.add_argument("package", metavar="PACKAGE", help="folder to write")
     export.add_argument("--json", action="store_true", help="print the package's card")
     export.set_defaults(run=_export)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes that runs on the ranks of a pretraining run."""
+    _add_config_arguments(parser)
+    # DeepSpeed's launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
