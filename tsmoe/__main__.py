@@ -10,6 +10,7 @@ import sys
 
 from tsmoe import __version__
 from tsmoe.errors import ConfigError, TsmoeError
+from tsmoe.train.signals import unblock_stop_signals
 
 _COMMANDS = (
     "data", "pretrain", "finetune", "evaluate", "forecast", "plan", "preflight", "launch", "status",
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 2 user mistake, 3 bad data, 75 stopped."""
     args = _parse(_launcher_arguments_last(arguments or sys.argv[1:]))
     _set_up_logging()
+    if not getattr(args, "stops_on_request", False):
+        # A launcher may have blocked them for commands that save before they end.
+        unblock_stop_signals()
     try:
         return args.run(args)
     except TsmoeError as error:

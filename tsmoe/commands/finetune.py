@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     finetune.add_argument("--json", action="store_true", help="print result.json")
     # DeepSpeed's launcher passes it; the environment says the same.
     finetune.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    finetune.set_defaults(run=_finetune)
+    finetune.set_defaults(run=_finetune, stops_on_request=True)
 
 
 def resolve_run(name_or_path: str, settings: list[str]) -> FinetuneConfig | TaskRunConfig:

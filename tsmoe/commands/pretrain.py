@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "(--module tsmoe pretrain ..), torchrun (-m tsmoe pretrain ..), accelerate or srun.",
     )
     add_run_arguments(pretrain)
-    pretrain.set_defaults(run=_pretrain)
+    pretrain.set_defaults(run=_pretrain, stops_on_request=True)
 
     config = subparsers.add_parser("config", help="print the resolved configuration of a run")
     _add_config_arguments(config)

@@ -1,7 +1,9 @@
+import os
 import signal
 
 import pytest
 
+from tsmoe.__main__ import main
 from tsmoe.train.signals import StopRequest
 
 
@@ -33,3 +35,38 @@ def test_former_handlers_come_back() -> None:
     with StopRequest():
         assert [signal.getsignal(number) for number in numbers] != before
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_signals_that_were_blocked_come_once_a_handler_stands() -> None:
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopRequest() as stop:
+            assert stop.is_set
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def test_commands_that_do_not_train_can_be_ended(capsys) -> None:
+    blocked = {signal.SIGTERM, signal.SIGUSR1}
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        assert main(["config", "time_tracker_tiny"]) == 0
+        assert not blocked & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def limits(stop: StopRequest) -> tuple[float, float]:
+    return stop._limit_seconds(in_step=False), stop._limit_seconds(in_step=True)
+
+
+def test_a_step_may_last_as_long_as_those_before_allow(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tsmoe.train.signals.time.monotonic", lambda: now[0])
+    stop = StopRequest(stuck_seconds=20, timeout_seconds=600)
+    assert limits(stop) == (600, 600)  # nothing is known yet
+    for seconds, limit in ((300, 600), (1, 20), (10, 30), (2, 30)):
+        with stop.step():
+            now[0] += seconds
+        assert limits(stop) == (600, limit)
