@@ -97,11 +97,28 @@ def test_two_ranks_train_and_the_files_belong_to_the_user(trained) -> None:
     assert {path.stat().st_uid for path in trained.rglob("*")} == {owner}
 
 
-def test_the_table_of_the_first_run_is_in_the_image(run, trained) -> None:
+def test_the_table_of_the_first_run_is_in_the_image(run, runs, trained) -> None:
     run("export", "runs/two_ranks", "runs/package")
     table = "data_pipeline/tiny/eval_jfk_weather.parquet"
-    printed = run("evaluate", "runs/package", "--data", table, "--json", "runs/errors.json")
-    assert "seasonal_naive" in printed or "naive" in printed
+    run("evaluate", "runs/package", "--data", table, "--json", "runs/errors.json")
+    models = {r["model"] for r in json.loads((runs / "errors.json").read_text())["results"]}
+    assert {"tsmoe", "naive", "seasonal_naive", "linear"} <= models
+
+
+def test_a_stop_lets_the_ranks_behind_the_launcher_save(run, runs, trained) -> None:
+    words = (
+        "deepspeed --num_accelerators 2 --module tsmoe pretrain time_tracker_tiny run=runs/stopped "
+        f"{CORPUS} training.micro_batch_size=8 training.global_batch_size=16"
+    )
+    # What `docker stop` does, and then waits for.
+    script = (
+        f"container-entry {words} & entry=$!; until [ -s runs/stopped/metrics.jsonl ]; "
+        "do kill -0 $entry || exit 1; sleep 1; done; kill -TERM $entry; wait $entry; echo code $?"
+    )
+    printed = run("sh", "-c", script, uses_entrypoint=False)
+    step = int((runs / "stopped/REQUEUE").read_text(encoding="utf-8"))
+    assert step > 0
+    assert (runs / f"stopped/checkpoints/step_{step:08d}").is_dir(), printed
 
 
 def test_the_first_run_itself_starts_from_the_image(run) -> None:
