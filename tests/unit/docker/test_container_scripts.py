@@ -12,18 +12,22 @@ import pytest
 
 DOCKER = Path(__file__).resolve().parents[3] / "docker"
 
-# A launcher that passes no signal on and ends with the code it was given, after its rank.
+# A launcher that passes no signal on. With a code it ends after its rank, without at once.
 LAUNCHER = """#!{python}
 import signal, subprocess, sys
-folder, rank, code = sys.argv[1:]
-signal.signal(signal.SIGTERM, lambda *_: None)
+folder, rank, *codes = sys.argv[1:]
+if codes:
+    signal.signal(signal.SIGTERM, lambda *_: None)
 subprocess.Popen([sys.executable, "-S", rank, folder]).wait()
-sys.exit(int(code))
+sys.exit(int(codes[0]))
 """
 RANK = """
-import pathlib, signal, sys
+import pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
-signal.signal(signal.SIGTERM, lambda *_: sys.exit((folder / "rank_saved").touch()))
+def save(*_):
+    time.sleep(0.3)
+    sys.exit((folder / "rank_saved").touch())
+signal.signal(signal.SIGTERM, save)
 (folder / "rank_started").touch()
 signal.pause()
 """
@@ -67,17 +71,25 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_reaches_the_ranks_behind_a_launcher(programs, tmp_path, number) -> None:
+@pytest.mark.parametrize(
+    ("number", "codes", "ends_with"),
+    [
+        (signal.SIGTERM, ["9"], 9),
+        (signal.SIGINT, ["9"], 9),
+        (signal.SIGTERM, [], 128 + signal.SIGTERM),  # as the deepspeed program does
+    ],
+)
+def test_a_stop_reaches_the_ranks_and_waits_for_them(
+    programs, tmp_path, number, codes, ends_with
+) -> None:
     program(programs, "deepspeed", LAUNCHER.format(python=sys.executable))
     rank = program(tmp_path, "rank.py", RANK)
-    words = ["deepspeed", str(tmp_path), str(rank), "9"]
+    words = ["deepspeed", str(tmp_path), str(rank), *codes]
     entry = subprocess.Popen([DOCKER / "container-entry", *words])
     try:
         wait_for(tmp_path / "rank_started")
         entry.send_signal(number)
-        # Not before the ranks have saved, and with the launcher's own exit code.
-        assert entry.wait(timeout=10) == 9
+        assert entry.wait(timeout=10) == ends_with  # the launcher's own exit code
     finally:
         entry.kill()
     assert (tmp_path / "rank_saved").exists()
