@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from launcher.backends import slurm
 from launcher.errors import LaunchError
@@ -69,17 +71,12 @@ def _run(start: PlannedStart, limits: RestartConfig) -> int:
     if start.job.run is None:
         return _once(start, lambda group: os.killpg(group, signal.SIGTERM)).code
     run = Path(start.job.run)
-
-    def ask(group: int) -> None:
-        # A signal reaches the ranks of this machine, the note all others.
-        os.killpg(group, signal.SIGUSR1)
-        if start.job.nodes > 1:
-            (run / STOP_NOTE).touch()
-
     restart = 0
     while True:
         begin(run, job=None, restart=restart, limits=limits)
-        ended = _once(start, ask)
+        # Launchers put ranks into groups of their own, or on other machines: no signal is sure to
+        # reach them, and the note is.
+        ended = _once(start, lambda _: (run / STOP_NOTE).touch())
         record = end(run, exit_code=ended.code, nodes=[os.uname().nodename], limits=limits)
         if record.outcome == "done":
             return 0
@@ -104,13 +101,15 @@ def _once(start: PlannedStart, ask: Callable[[int], None]) -> _Ended:
 
     Args:
         start: what to start.
-        ask: asks the process group to end; called at the first signal. At the second it is killed.
+        ask: asks the process group to end; called at the first signal. At the second all processes
+            are killed.
     """
     asked = 0
     former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    block_signals()  # those of the group inherit it, and the ranks undo it when they are ready
+    if start.job.run is not None:
+        block_signals()  # launchers would end of them; the ranks undo it when they can take them
     try:
-        process = subprocess.Popen(
+        process = psutil.Popen(
             start.argv,
             env=os.environ | dict(start.environment),
             cwd=start.folder,
@@ -128,8 +127,10 @@ def _once(start: PlannedStart, ask: Callable[[int], None]) -> _Ended:
         asked += 1
         if asked == 1:
             ask(process.pid)
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
+            return
+        for found in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                found.kill()
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     former = {number: signal.signal(number, on_signal) for number in numbers}

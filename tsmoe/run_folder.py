@@ -11,6 +11,8 @@ from typing import Any
 METRICS_FILE, CONFIG_FILE, RESTARTS_FILE = "metrics.jsonl", "config.yaml", "restarts.jsonl"
 CHECKPOINTS_FOLDER, LOCK_FILE = "checkpoints", ".lock"
 DONE_MARKER, REQUEUE_MARKER = "DONE", "REQUEUE"
+STOP_NOTE = "STOP"
+"""A file that somebody makes to ask a run to save and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,8 @@ class EndOfStart:
     job: str | None
     restart: int
     """Number of the start, the first is 0."""
-    exit_code: int
+    exit_code: int | None
+    """None where nobody was left to say, as when a machine went down."""
     outcome: str
     """`done`, `stopped` or `crashed`."""
     step_before: int
@@ -57,7 +60,7 @@ def _end(values: dict[str, Any]) -> EndOfStart:
         time=time if time.tzinfo is not None else time.replace(tzinfo=UTC),
         job=None if values.get("job") is None else str(values["job"]),
         restart=int(values["restart"]),
-        exit_code=int(values["exit_code"]),
+        exit_code=None if values["exit_code"] is None else int(values["exit_code"]),
         outcome=str(values["outcome"]),
         step_before=int(values["step_before"]),
         step=int(values["step"]),

@@ -29,7 +29,7 @@ from tsmoe.finetune.guard import Guard, PatienceConfig
 from tsmoe.finetune.trainable import count_trainable
 from tsmoe.models import ModelConfig
 from tsmoe.ranks import Ranks
-from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, REQUEUE_MARKER
+from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, REQUEUE_MARKER, STOP_NOTE
 from tsmoe.train.held_out import HeldOutForecasts
 from tsmoe.train.loop import Outcome, seed_step
 from tsmoe.train.objective import Objective
@@ -229,7 +229,8 @@ class Course(Generic[Result]):
             learns_all=self.work.learns_all,
         )
         telemetry = StepTelemetry(engine)
-        with StopRequest() as stop, record:
+        note = self.folder / STOP_NOTE if self.ranks.is_first else None
+        with StopRequest(note=note) as stop, record:
             while done < training.steps:
                 try:
                     report = self._step(engine, done, stop.is_set, telemetry, record)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -109,8 +108,6 @@ def run_preflight(
     begun = time.monotonic()
     config = _load(load)
     with StopRequest() as request:
-        # The launcher may have started us with these blocked; from here on they are heard.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
         meeting = Meeting.open(timeout_seconds=options.timeout_seconds)
 
         def interrupt() -> None:

@@ -198,7 +198,8 @@ def _end_table(ends: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (_clock(end["time"]), str(end["restart"]), end["job"] or "-",
          ", ".join(end["nodes"]) or "-",
-         f"{end['step_before']:,}", f"{end['step']:,}", f"{end['outcome']} ({end['exit_code']})",
+         f"{end['step_before']:,}", f"{end['step']:,}",
+         f"{end['outcome']} ({number(end['exit_code'], 'd')})",
          end["decision"].replace("_", " "), end["reason"])
         for end in ends
     ]  # fmt: skip

@@ -32,7 +32,7 @@ from tsmoe.engine.build import build_engine
 from tsmoe.engine.protocol import Engine
 from tsmoe.errors import CheckpointError, TrainingError
 from tsmoe.ranks import CommunicationMeter, Ranks
-from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, REQUEUE_MARKER
+from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, REQUEUE_MARKER, STOP_NOTE
 from tsmoe.train.held_out import HeldOutForecasts
 from tsmoe.train.objective import NextPatchObjective
 from tsmoe.train.open_data import RunData, check_stream, open_data, open_source
@@ -126,7 +126,7 @@ def _train(
     telemetry = StepTelemetry(engine)
     # The last save lies within the reach of the signals' handler: launchers send more than one, and
     # the checkpoint must be whole before any of them may end this process.
-    with StopRequest() as stop:
+    with StopRequest(note=run / STOP_NOTE if ranks.is_first else None) as stop:
         with record, _saving_what_was_begun(saver):
             for step in range(first_step, training.steps):
                 flags = (stop.is_set, saver.is_writing)

@@ -1,4 +1,7 @@
-"""Stop on request: a signal sets a flag, the ranks agree on it, save the same step and end.
+"""Stop on request: a signal or a note sets a flag, the ranks agree, save the same step and end.
+
+Signals reach the ranks of one machine, and not through every launcher; a note in the run folder
+reaches all.
 
 A launcher may block the signals until somebody here can take them, and it may send them because
 another rank is gone. Then the step that this rank is in never ends, and so it has a timer of its
@@ -14,7 +17,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+import psutil
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +30,7 @@ _BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A step that takes so many times as long as the longest before it is stuck.
 _STUCK_TIMES = 3
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_BETWEEN_LOOKS_FOR_NOTE = 1.0
 
 
 def unblock_stop_signals() -> None:
@@ -32,15 +39,24 @@ def unblock_stop_signals() -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a flag. Use as a context manager.
+    """Turns SIGTERM, SIGUSR1, the first Ctrl-C and a note into a flag. Use as a context manager.
+
+    The note is a file that somebody makes in the run folder; one rank that looks for it is enough.
 
     Once a stop was asked for, the step at hand may last `stuck_seconds`, or three times as long as
     the longest before, and all that is not a step `timeout_seconds`; then the process ends itself.
     When the ranks agree to stop, `noticed` ends this watch: a save is never cut.
     """
 
-    def __init__(self, *, stuck_seconds: float = 20.0, timeout_seconds: float = 600.0) -> None:
-        self.is_set = False
+    def __init__(
+        self,
+        *,
+        note: Path | None = None,
+        stuck_seconds: float = 20.0,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self._is_asked = False
+        self._note, self._looked = note, float("-inf")
         self._stuck_seconds, self._timeout_seconds = stuck_seconds, timeout_seconds
         self._former: dict[signal.Signals, object] = {}
         self._former_wakeup = -1
@@ -49,6 +65,23 @@ class StopRequest:
         self._step_begun: float | None = None
         self._longest_step: float | None = None
         self._steps = 0
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a signal came, or the note is there; that is looked for once a second."""
+        now = time.monotonic()
+        if self._note is not None and now - self._looked > _SECONDS_BETWEEN_LOOKS_FOR_NOTE:
+            self._looked = now
+            self._is_asked |= self._is_there(self._note)
+        return self._is_asked
+
+    @staticmethod
+    def _is_there(note: Path) -> bool:
+        # One that was left before this process began asked an earlier start of the run.
+        try:
+            return note.stat().st_mtime >= psutil.Process().create_time()
+        except FileNotFoundError:
+            return False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
@@ -89,10 +122,10 @@ class StopRequest:
         self._is_noticed.set()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.is_set and number == signal.SIGINT:
+        if self._is_asked and number == signal.SIGINT:
             # A second Ctrl-C means now.
             raise KeyboardInterrupt
-        self.is_set = True
+        self._is_asked = True
 
     def _watch(self) -> None:
         """Wait for the first signal, then for the ranks to agree; end the process if they don't."""

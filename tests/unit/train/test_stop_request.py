@@ -1,5 +1,6 @@
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,16 @@ def test_a_step_may_last_as_long_as_those_before_allow(monkeypatch) -> None:
         with stop.step():
             now[0] += seconds
         assert limits(stop) == (600, limit)
+
+
+def test_note_is_heard_unless_an_earlier_start_was_meant(tmp_path: Path) -> None:
+    note = tmp_path / "STOP"
+    with StopRequest(note=note) as stop:
+        assert not stop.is_set
+    note.touch()
+    os.utime(note, (1, 1))
+    with StopRequest(note=note) as stop:
+        assert not stop.is_set
+    note.touch()
+    with StopRequest(note=note) as stop:
+        assert stop.is_set
