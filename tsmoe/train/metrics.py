@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tsmoe.checkpoint.layout import write_text
-from tsmoe.errors import CheckpointError
 from tsmoe.moe.routers import AnyRouter
 from tsmoe.run_folder import METRICS_FILE
 from tsmoe.train.board import FORECASTS_TAG, SETTINGS_TAG, layout, settings_text
+from tsmoe.train.durable_record import Board, LineFile
 from tsmoe.train.held_out import HeldOutForecast, draw_forecasts
 from tsmoe.train.load_history import DEAD_AFTER_STEPS, LoadHistory
 from tsmoe.train.step import StepReport
@@ -69,14 +68,11 @@ class MetricsWriter:
             log_every_steps: steps between points of tensorboard.
             start: what the run is started on; stands in the line of the first step.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         path = run / METRICS_FILE
         self._history = LoadHistory()
         _keep_before(path, first_step, self._history)
-        # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
-        self._lines: FileIO = path.open("ab", buffering=0)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self._lines = LineFile(path)
+        self._board = Board(run / "tensorboard", purge_step=first_step)
         if (settings := settings_text(run)) is not None:
             self._board.add_text(SETTINGS_TAG, settings, first_step)
         self._has_layout = False
@@ -146,6 +142,10 @@ class MetricsWriter:
         scalars = {"epoch": counts["epoch"], "series_used": counts["used"], "dropped": dropped}
         self._write_scalars(step, {f"stream/{name}": value for name, value in scalars.items()})
 
+    def write_not_finite(self, step: int, event: Mapping[str, Any]) -> None:
+        """Record a step whose loss or gradient was not finite, and what followed."""
+        self._write_line({"step": step, "not_finite": dict(event)})
+
     def write_validation(
         self,
         step: int,
@@ -181,25 +181,10 @@ class MetricsWriter:
         self._board.flush()
 
     def _write_line(self, values: dict[str, Any]) -> None:
-        try:
-            self._lines.write(f"{json.dumps(values)}\n".encode())
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._lines.name}: cannot be written ({error}); free some space and start the "
-                "same command again: it resumes from the last checkpoint"
-            ) from error
+        self._lines.write(values)
 
     def _write_scalars(self, step: int, scalars: Mapping[str, float | None]) -> None:
-        """Write all values of a step as one event: 230 of the tiny preset took 4 ms one by one."""
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-
-        values = [
-            Summary.Value(tag=tag, simple_value=value)
-            for tag, value in scalars.items()
-            if value is not None
-        ]
-        events: Any = self._board.file_writer  # torch says that it is None
-        events.add_summary(Summary(value=values), step)
+        self._board.add_scalars(scalars, step)
 
 
 def cost_metrics(
