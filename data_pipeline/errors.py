@@ -21,3 +21,15 @@ class DataError(TsmoeError, ValueError):
     """A data file, series or shard is missing, damaged or not what it should be."""
 
     exit_code = 3
+
+
+class DamagedFileError(DataError):
+    """A file is missing or not what was written; trying again would not help."""
+
+
+class ShardError(DamagedFileError):
+    """One shard of a corpus cannot be read; the others may well be."""
+
+    def __init__(self, message: str, *, shard: int) -> None:
+        super().__init__(message)
+        self.shard = shard

@@ -1,8 +1,16 @@
 """Errors that a user can cause and mend: each becomes one line and an exit code."""
 
-from data_pipeline.errors import ConfigError, DataError, TsmoeError
+from data_pipeline.errors import ConfigError, DataError, ShardError, TsmoeError
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "TrainingError", "TsmoeError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LostRankError",
+    "ShardError",
+    "TrainingError",
+    "TsmoeError",
+]
 
 
 class CheckpointError(TsmoeError, ValueError):
@@ -13,5 +21,11 @@ class CheckpointError(TsmoeError, ValueError):
 
 class TrainingError(TsmoeError, RuntimeError):
     """Training met a state it must not go on from, such as a loss that is not finite."""
+
+    exit_code = 1
+
+
+class LostRankError(TsmoeError, RuntimeError):
+    """Another rank is gone or does not answer; it, or its machine, says why."""
 
     exit_code = 1

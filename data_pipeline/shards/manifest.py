@@ -158,22 +158,26 @@ class Manifest:
 
     def check_sizes(self, where: str | os.PathLike[str] | Store) -> list[str]:
         """Name the shards that are missing or not as long as they should be."""
+        return list(self.find_wrong_sizes(where).values())
+
+    def find_wrong_sizes(self, where: str | os.PathLike[str] | Store) -> dict[str, str]:
+        """Say what is wrong with each file that is missing or not as long as it should be."""
         store = Store.at(where)
         expected = {shard.file: shard.bytes for shard in self.shards}
         if self.index is not None:
             expected[self.index.file] = self.index.bytes
         # One listing of a remote store costs less than a question for each of its files.
         listed = None if store.is_local else store.files()
-        problems = []
+        problems: dict[str, str] = {}
         for name, size in expected.items():
             found = store.size(name) if listed is None else listed.get(name)
             what = "shard" if self.index is None or name != self.index.file else "series index"
             if found is None:
-                problems.append(
+                problems[name] = (
                     f"{store.path_of(name)}: the {what} is missing; rebuild or copy again"
                 )
             elif found != size:
-                problems.append(
+                problems[name] = (
                     f"{store.path_of(name)}: the {what} is damaged, expected {size} bytes but "
                     f"found {found}; rebuild or copy again"
                 )

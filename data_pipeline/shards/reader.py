@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DamagedFileError, DataError
 from data_pipeline.record import SeriesBatch, SeriesRecord, Statistics
 from data_pipeline.shards.index import SeriesIndex, read_index
 from data_pipeline.shards.manifest import Manifest
@@ -71,6 +71,7 @@ class Corpus:
         if cache is not None:
             largest = max(shard.bytes for shard in manifest.shards)
             self.max_resident_shards = cache.limit_bytes // largest
+        self._lost_shards: NDArray[np.bool_] | None = None
         self._cache = cache
         self._batches = ResidentShards(store, manifest.shards, cache)
         self._first_series = np.cumsum([0, *rows])
@@ -80,13 +81,19 @@ class Corpus:
 
     @classmethod
     def open(
-        cls, where: str | os.PathLike[str] | Store, *, cache: FileCache | None = None
+        cls,
+        where: str | os.PathLike[str] | Store,
+        *,
+        cache: FileCache | None = None,
+        tolerates_bad_shards: bool = False,
     ) -> "Corpus":
         """Open a corpus.
 
         Args:
             where: folder or URL.
             cache: for a remote corpus; default: the one of this node, see `FileCache.of_node`.
+            tolerates_bad_shards: whether shards may be missing or truncated; who reads one of them
+                gets a `ShardError`, unless it was declared lost.
 
         Raises:
             DataError: if the manifest is missing or damaged, a shard of a local corpus is missing
@@ -98,15 +105,34 @@ class Corpus:
             raise DataError(f"{store}: the corpus is empty; build it again from other sources")
         if store.is_local:
             cache = None
-            if problems := manifest.check_sizes(store):
+            wrong = manifest.find_wrong_sizes(store)
+            if tolerates_bad_shards:
+                wrong = {name: wrong[name] for name in wrong if name == _index_file(manifest)}
+            if problems := list(wrong.values()):
                 more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
-                raise DataError(problems[0] + more)
+                raise DamagedFileError(problems[0] + more)
         elif cache is None:
             cache = FileCache.of_node()
         return cls(store, manifest, _load_index(store, manifest, cache), cache)
 
+    def lose(self, shards: Iterable[int]) -> None:
+        """Declare shards lost: they are never opened again, and nothing of them was observed."""
+        lost = np.zeros(len(self._batches), np.bool_)
+        if self._lost_shards is not None:
+            lost |= self._lost_shards
+        lost[list(shards)] = True
+        self._lost_shards = lost
+
+    def is_lost(self, series_ids: np.ndarray) -> NDArray[np.bool_] | None:
+        """Say which series lie in lost shards; None where no shard is lost."""
+        lost = self._lost_shards
+        return None if lost is None else lost[self.series_shards[series_ids]]
+
     def item_id(self, index: int) -> str:
         """Name of a series."""
+        is_lost = self.is_lost(np.array([index]))
+        if is_lost is not None and is_lost[0]:
+            return f"series {index} of a lost shard"
         batch, row = self._locate(index)
         return batch.item_ids[row].as_py()
 
@@ -202,13 +228,19 @@ class Corpus:
 
         Returns:
             int64 (B,), address of the first point of each window, -1 where that lies before the
-            first point of the shard; and what must be held while the addresses are used. Points
-            before a series are those of another.
+            first point of the shard or in a lost shard; and what must be held while the addresses
+            are used. Points before a series are those of another.
 
         Raises:
             IndexError: if a series does not exist, or a window ends after its series.
         """
         self._check_windows(series_ids, starts, length)
+        is_lost = self.is_lost(series_ids)
+        if is_lost is not None and is_lost.any():
+            found = np.full(len(series_ids), -1, np.int64)
+            there = np.flatnonzero(~is_lost)
+            found[there], kept = self.addresses(series_ids[there], starts[there], length)
+            return found, kept
         shards = self.series_shards[series_ids]
         held: list[SeriesBatch] = []
         if self._cache is None:  # shards of a local corpus stay mapped
@@ -259,6 +291,10 @@ class Corpus:
 
     def __reduce__(self) -> tuple[object, tuple[Store, str, FileCache | None]]:
         return _reopen, (self.store, self.fingerprint, self._cache)
+
+
+def _index_file(manifest: Manifest) -> str | None:
+    return None if manifest.index is None else manifest.index.file
 
 
 def _address(batch: SeriesBatch) -> int:

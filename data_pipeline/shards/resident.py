@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DamagedFileError, ShardError
 from data_pipeline.record import SeriesBatch
 from data_pipeline.shards.manifest import ShardEntry
 from data_pipeline.storage.cache import CachedFile, FileCache
@@ -46,8 +46,15 @@ class ResidentShards:
         """Return a shard, mapping it or fetching it first if need be.
 
         Raises:
-            DataError: if it cannot be had.
+            ShardError: if it is missing or damaged.
+            DataError: if it cannot be had for now, as where a remote store does not answer.
         """
+        try:
+            return self._get(number)
+        except DamagedFileError as error:
+            raise ShardError(str(error), shard=number) from error
+
+    def _get(self, number: int) -> SeriesBatch:
         if self._cache is None:
             batch = self._local.get(number)
             if batch is None:
@@ -129,7 +136,7 @@ def open_shard(path: Path, *, name: str | None = None) -> SeriesBatch:
         name: of the file, for messages, where that is another.
 
     Raises:
-        DataError: if it is no Arrow file, or does not hold exactly one record batch.
+        DamagedFileError: if it is no Arrow file, or does not hold exactly one record batch.
     """
     try:
         file = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
@@ -137,11 +144,11 @@ def open_shard(path: Path, *, name: str | None = None) -> SeriesBatch:
         batch = file.get_batch(0) if num_batches == 1 else None
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(
+        raise DamagedFileError(
             f"{name or path}: the shard cannot be read ({reason}); rebuild or copy again"
         ) from error
     if batch is None:
-        raise DataError(
+        raise DamagedFileError(
             f"{name or path}: the shard has {num_batches} record batches, expected 1; rebuild or "
             f"copy again"
         )

@@ -61,26 +61,36 @@ def verify_changed(corpus: Corpus) -> list[str]:
     Returns:
         one line per problem; empty if none was found.
     """
-    store, manifest = corpus.store, corpus.manifest
     try:
-        problems = manifest.check_sizes(store)
+        problems = list(find_damaged(corpus).values())
     except DataError as error:  # a remote store that does not answer is a problem as any other
         return [str(error)]
-    if store.is_local and not problems:
+    return problems or _check_totals(corpus.store, corpus.manifest, corpus.index)
+
+
+def find_damaged(corpus: Corpus) -> dict[str, str]:
+    """Say what is wrong with each damaged file of a corpus, checked as `verify_changed` does.
+
+    Raises:
+        DataError: if the store does not answer.
+    """
+    store, manifest = corpus.store, corpus.manifest
+    problems = manifest.find_wrong_sizes(store)
+    if store.is_local:
         files = {shard.file: shard.sha256 for shard in manifest.shards}
         if manifest.index is not None:
             files[manifest.index.file] = manifest.index.sha256
         with Stamps.of(store.local_path("")) as stamps:
             for name, sha256 in files.items():
+                if name in problems:
+                    continue
                 path = store.local_path(name)
                 try:
                     if not stamps.vouch_for(path, sha256):
                         _check_hash(store, path, name, sha256)
                         stamps.add(path, sha256)
                 except DataError as error:
-                    problems.append(str(error))
-    if not problems:
-        problems += _check_totals(store, manifest, corpus.index)
+                    problems[name] = str(error)
     return problems
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DamagedFileError, DataError
 from data_pipeline.storage.durable import PARTIAL_SUFFIX, durable_file
 from data_pipeline.storage.store import CHUNK_BYTES, Store
 
@@ -87,7 +87,7 @@ class LocalStore(Store):
             what = (
                 "there is no such file" if found is None else f"expected {size} bytes, not {found}"
             )
-            raise DataError(f"{path}: {what}; rebuild or copy again")
+            raise DamagedFileError(f"{path}: {what}; rebuild or copy again")
         try:
             with path.open("rb") as file:
                 file.seek(start)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DamagedFileError
 from data_pipeline.storage.durable import PARTIAL_SUFFIX
 from data_pipeline.storage.retry import Attempts, RetryPolicy, is_missing, retry
 from data_pipeline.storage.store import CHUNK_BYTES, Store
@@ -123,7 +123,7 @@ class RemoteStore(Store):
         connection = self._connect()
         file = connection.reader.open_input_file(connection.path(name))
         if file.size() != size:
-            raise DataError(
+            raise DamagedFileError(
                 f"{self.path_of(name)}: expected {size} bytes but found {file.size()}; copy or "
                 f"build the corpus again"
             )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DamagedFileError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class Attempts:
         reason = " ".join(str(error).split()) or type(error).__name__
         cure = cure_for(error)
         if cure is not None:
-            raise DataError(f"{self._what}: {reason}; {cure}") from error
+            kind = DamagedFileError if is_missing(error) else DataError
+            raise kind(f"{self._what}: {reason}; {cure}") from error
         delay = min(policy.max_delay_seconds, policy.first_delay_seconds * 2 ** (self._count - 1))
         # No seed: the point of the jitter is that processes differ.
         delay *= random.SystemRandom().uniform(0.5, 1.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DamagedFileError, DataError
 from data_pipeline.storage.durable import PARTIAL_SUFFIX, sync
 from data_pipeline.storage.retry import RetryPolicy
 
@@ -155,7 +155,7 @@ class Store(ABC):
             # The part that was there before may be at fault, or a proxy on the way.
             file.truncate(0)
             if attempt == _DOWNLOADS:
-                raise DataError(
+                raise DamagedFileError(
                     f"{self.path_of(name)}: sha256 is {found[:12]} but the manifest has "
                     f"{sha256[:12]}, {attempt} times; copy or build the corpus again"
                 )

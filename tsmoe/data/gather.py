@@ -81,6 +81,16 @@ class PlacedWindows:
             self.may_miss[rows],
         )
 
+    def without(self, is_lost: NDArray[np.bool_]) -> PlacedWindows:
+        """Return the windows with no address for those that are lost."""
+        addresses = self.addresses
+        return PlacedWindows(
+            self.series,
+            self.starts,
+            None if addresses is None else np.where(is_lost, -1, addresses),
+            self.may_miss | is_lost,
+        )
+
 
 class WindowGather:
     """Cuts windows of one length out of a corpus."""
@@ -117,8 +127,12 @@ class WindowGather:
     def cut(self, windows: PlacedWindows) -> tuple[Tensor, Tensor]:
         """Return the values (0 where nothing was observed) and what was observed, as (B, L).
 
-        The mask may be a constant: it is not to be written to.
+        Of a lost shard nothing was observed. The mask may be a constant: it is not to be written
+        to.
         """
+        is_lost = self.corpus.is_lost(windows.series)
+        if is_lost is not None:  # a shard may have been lost since the windows were placed
+            windows = windows.without(is_lost)
         series, starts, addresses = windows.series, windows.starts, windows.addresses
         shards: list[SeriesBatch] = []
         if addresses is None:
@@ -139,7 +153,11 @@ class WindowGather:
         read_BL = out.new_empty(len(rows), self.length)
         _read(addresses[rows], out=read_BL)
         out[torch.from_numpy(rows)] = read_BL
+        is_lost = self.corpus.is_lost(windows.series)
         for row in np.flatnonzero(addresses < 0):
+            if is_lost is not None and is_lost[row]:
+                out[row] = torch.nan
+                continue
             end = max(0, int(windows.starts[row]) + self.length)
             out[row, : self.length - end] = 0
             known = self.corpus.series(int(windows.series[row]))[:end]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,6 +48,9 @@ class DataConfig(Mixture):
     verifies_corpus: bool = True
     """Whether shards are checked against their hashes before training, about a second per gigabyte.
     A shard that was whole once is not read again while its file is the same."""
+    on_bad_shard: Literal["stop", "quarantine"] = "stop"
+    """What follows a shard that is missing or damaged: `stop`, or `quarantine`: the run goes on as
+    if nothing in it had been observed, and lists it in quarantine.json of the run folder."""
     num_workers: int = 0
     """Threads that cut batches ahead of time; 0 cuts them when they are asked for."""
     max_validation_windows: int = 512
@@ -275,18 +279,23 @@ def shard_blocks(corpus: Corpus, index: WindowIndex, resident_shards: int) -> Sh
 
 
 def load_training(
-    batches: TrainingBatches, *, num_batches: int, num_workers: int, timeout_seconds: float
+    batches: TrainingBatches,
+    *,
+    num_batches: int,
+    num_workers: int,
+    timeout_seconds: float,
+    first_batch: int = 0,
 ) -> ReadAhead[WindowBatch]:
-    """Iterate over the next micro-batches, cut ahead of time by `num_workers` threads.
+    """Iterate over micro-batches from one on, cut ahead of time by `num_workers` threads.
 
     Raises:
         DataError: if a batch is not there in time, or a shard cannot be read.
     """
     return ReadAhead(
-        batches.__getitem__,
+        lambda item: batches[first_batch + item],
         num_items=num_batches,
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
         what=str(batches.corpus.path),
-        prepare=batches.prepare,
+        prepare=lambda item: batches.prepare(first_batch + item),
     )

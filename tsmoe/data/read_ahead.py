@@ -99,6 +99,10 @@ class ReadAhead(Generic[T]):
             raise made.error
         return cast(T, made.item)
 
+    def extend(self, num_items: int) -> None:
+        """Make more items after the last, which must not have been asked for yet in vain."""
+        self._num_items += num_items
+
     def close(self) -> None:
         """End the workers; may be called more than once."""
         self._next = self._num_items

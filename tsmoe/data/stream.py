@@ -272,16 +272,14 @@ def stream_validation(
 
 def load_stream(
     batches: StreamBatches, *, num_batches: int, num_workers: int, timeout_seconds: float
-) -> Iterator[WindowBatch]:
+) -> ReadAhead[WindowBatch]:
     """Iterate over the next micro-batches, read ahead by a thread if `num_workers` is 1."""
-    return iter(
-        ReadAhead(
-            batches.__getitem__,
-            num_items=num_batches,
-            num_workers=num_workers,
-            timeout_seconds=timeout_seconds,
-            what=batches.streamed.path,
-        )
+    return ReadAhead(
+        batches.__getitem__,
+        num_items=num_batches,
+        num_workers=num_workers,
+        timeout_seconds=timeout_seconds,
+        what=batches.streamed.path,
     )
 
 
