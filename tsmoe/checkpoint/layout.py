@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,15 @@ class CheckpointMeta:
     of `windows_seen`."""
     guard: dict[str, Any] | None = None
     """What a fine-tuning run remembers of its validations; None in pretraining."""
+    not_finite: list[dict[str, Any]] = field(default_factory=list)
+    """Steps whose loss or gradient was not finite, and what followed, see `NotFinitePolicy`."""
     files: tuple[FileRecord, ...] = ()
     format_version: int = FORMAT_VERSION
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates done: steps without those that were skipped."""
+        return self.step - sum(event["action"] == "skip" for event in self.not_finite)
 
     def write(self, folder: Path) -> None:
         """Write meta.json and push it to the disk."""

@@ -163,6 +163,11 @@ class DeepSpeedEngine:
         self._engine.step()
         return UpdateReport(grad_norm=float(self._engine.get_global_grad_norm()))
 
+    def discard(self) -> None:
+        """Forget the gradients of a step: DeepSpeed clears all it holds of them where it skips."""
+        with self._state.gradient_taken_for_infinite():
+            self._engine.step()
+
     def snapshot(self) -> Snapshot:
         """Assemble masters and moments from all ranks, one parameter at a time."""
         self._state.begin_reading()

@@ -105,6 +105,10 @@ class PlainEngine:
         self._prepared_optimizer.zero_grad(set_to_none=True)
         return UpdateReport(grad_norm=grad_norm)
 
+    def discard(self) -> None:
+        """Forget the gradients of a step."""
+        self._prepared_optimizer.zero_grad(set_to_none=True)
+
     def snapshot(self) -> Snapshot:
         """Copy the training state to host memory; the first rank holds all of it."""
         return take_snapshot(self.model, self._get_state, self.ranks)

@@ -44,6 +44,10 @@ class Engine(Protocol):
         """Clip and step, unless the gradient is not finite; then parameters stay as they are."""
         ...
 
+    def discard(self) -> None:
+        """Forget the gradients of a step; what `update` would change stays as it is."""
+        ...
+
     def snapshot(self) -> Snapshot:
         """Copy the training state to host memory, in full precision, split by who writes what."""
         ...

@@ -7,7 +7,9 @@ test that fails when it changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +33,10 @@ class ZeroState(Protocol):
 
     def begin_writing(self, step: int) -> None:
         """Prepare for `set`: as after `step` optimizer steps, with moments of zero."""
+        ...
+
+    def gradient_taken_for_infinite(self) -> AbstractContextManager[None]:
+        """Have the optimizer skip an update in the body, whatever its gradient is."""
         ...
 
     def get(self, parameter: nn.Parameter) -> ParameterState:
@@ -65,6 +71,10 @@ class GroupedState:
         """Make Adam's state, which otherwise comes into being with the first step."""
         _make_adam_state(self._zero, self._zero.single_partition_of_fp32_groups, step)
         self.begin_reading()
+
+    def gradient_taken_for_infinite(self) -> AbstractContextManager[None]:
+        """Have the optimizer skip an update in the body."""
+        return _method_gives(self._zero, "scaled_global_norm", torch.tensor(math.inf))
 
     def get(self, parameter: nn.Parameter) -> ParameterState:
         """Assemble a parameter's state."""
@@ -105,6 +115,10 @@ class SlicedState:
         """Make Adam's state, which otherwise comes into being with the first step."""
         _make_adam_state(self._zero, self._zero.fp32_partitioned_groups_flat, step)
 
+    def gradient_taken_for_infinite(self) -> AbstractContextManager[None]:
+        """Have the optimizer skip an update in the body."""
+        return _method_gives(self._zero, "_get_norm_groups", [torch.tensor(math.inf)])
+
     def get(self, parameter: nn.Parameter) -> ParameterState:
         """Assemble a parameter's state."""
         if parameter.requires_grad:
@@ -131,6 +145,17 @@ class SlicedState:
         safe_set_local_fp32_param(parameter, slices["value"])
         for moment in _MOMENTS:
             safe_set_local_optimizer_state(parameter, slices[moment], moment)
+
+
+@contextmanager
+def _method_gives(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Put a constant in the place of a method while the body runs."""
+    getattr(owner, name)  # fails where DeepSpeed calls it otherwise
+    setattr(owner, name, lambda *_, **__: value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 def _own_slice(tensor: Tensor, partitioned: Any) -> Tensor:

@@ -96,6 +96,7 @@ class FinetuneTrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.refuse_roll_back()
         if self.max_variates is not None and self.max_variates < 1:
             raise ValueError(f"max_variates ({self.max_variates}) must be at least 1")
 

@@ -32,12 +32,14 @@ from tsmoe.ranks import Ranks
 from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, REQUEUE_MARKER, STOP_NOTE
 from tsmoe.train.held_out import HeldOutForecasts
 from tsmoe.train.loop import Outcome, seed_step
+from tsmoe.train.lost_ranks import lost_ranks_named
+from tsmoe.train.not_finite import NotFiniteError, NotFinitePolicy
 from tsmoe.train.objective import Objective
 from tsmoe.train.record import RunRecord
 from tsmoe.train.run_config import LoopConfig
 from tsmoe.train.schedule import BalanceConfig, ScheduleConfig, balance_rate, learning_rate
 from tsmoe.train.signals import StopRequest
-from tsmoe.train.step import StepReport, training_step
+from tsmoe.train.step import training_step
 from tsmoe.train.telemetry import StepTelemetry
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,7 @@ class Course(Generic[Result]):
         self.run, self.work, self.ranks = run, work, ranks
         self.folder = Path(run.run)
         self.guard = Guard(patience=run.config.stopping.patience)
+        self.not_finite = NotFinitePolicy(run.training.on_not_finite)
         self.first_step = 0
         self.failure: str | None = None
 
@@ -156,19 +159,31 @@ class Course(Generic[Result]):
         if found is not None and found[1].guard is not None:
             self.guard = Guard.of_json(found[1].guard, patience=self.guard.patience)
             self.first_step = found[1].step
+            self.not_finite = NotFinitePolicy(
+                self.not_finite.action, met_before=found[1].not_finite
+            )
         is_done = self.guard.is_exhausted or self.first_step >= self.run.training.steps
-        outcome = Outcome.DONE if is_done else self._train(found)
+        training = self.run.training
+        stop = StopRequest(
+            note=self.folder / STOP_NOTE if self.ranks.is_first else None,
+            stuck_seconds=training.stuck_seconds,
+            timeout_seconds=training.timeout_seconds,
+        )
+        outcome = Outcome.DONE
+        if not is_done:
+            with stop, lost_ranks_named(self.ranks):
+                outcome = self._train(found, stop)
         if outcome is Outcome.STOPPED:
             return outcome, None
         # The first rank alone, which may take long: the others have nothing to wait for.
         return outcome, self._hand_over() if self.ranks.is_first else None
 
-    def _train(self, found: tuple[Path, CheckpointMeta] | None) -> Outcome:
+    def _train(self, found: tuple[Path, CheckpointMeta] | None, stop: StopRequest) -> Outcome:
         engine = build_engine(self.run, self.ranks, prepare=self.work.prepare)
         if found is not None:
             folder, meta = found
             with StateReader(folder, meta) as reader:
-                engine.restore(reader, step=meta.step)
+                engine.restore(reader, step=meta.updates)
             if self.ranks.is_first:
                 logger.info("going on from %s", folder)
         self._announce(engine)
@@ -180,7 +195,7 @@ class Course(Generic[Result]):
         if not self.guard.errors:
             self._see_start(engine)
             self._save(saver, engine, 0)
-        done = self._go_through_steps(engine, saver)
+        done = self._go_through_steps(engine, saver, stop)
         is_stopped = not self.guard.is_exhausted and done < self.run.training.steps
         outcome = Outcome.STOPPED if is_stopped and self.failure is None else Outcome.DONE
         saver.close(must_succeed=True)
@@ -218,7 +233,7 @@ class Course(Generic[Result]):
                 "" if of_start is None else f", of the start as it was pretrained {of_start:.4f}",
             )  # fmt: skip
 
-    def _go_through_steps(self, engine: Engine, saver: CheckpointSaver) -> int:
+    def _go_through_steps(self, engine: Engine, saver: CheckpointSaver, stop: StopRequest) -> int:
         """Train until the end, an early stop, a request to stop or a failure; return steps done."""
         training, done = self.run.training, self.first_step
         record = RunRecord(
@@ -229,18 +244,19 @@ class Course(Generic[Result]):
             learns_all=self.work.learns_all,
         )
         telemetry = StepTelemetry(engine)
-        note = self.folder / STOP_NOTE if self.ranks.is_first else None
-        with StopRequest(note=note) as stop, record:
+        with record:
             while done < training.steps:
                 try:
-                    report = self._step(engine, done, stop.is_set, telemetry, record)
+                    flags = self._step(engine, done, stop, telemetry, record)
                 except TrainingError as error:
                     # All ranks meet it. What was best so far is still good.
                     self.failure = str(error)
                     logger.error("%s; keeping what was best before", error)
                     break
                 done += 1
-                is_stopping = report.flags[0] > 0
+                is_stopping = flags[0] > 0
+                if is_stopping:
+                    stop.noticed()
                 if done % training.validate_every_steps == 0 or done == training.steps:
                     self._validate(engine, record, done)
                     self._save(saver, engine, done)
@@ -256,31 +272,48 @@ class Course(Generic[Result]):
         self,
         engine: Engine,
         step: int,
-        is_stopping: bool,
+        stop: StopRequest,
         telemetry: StepTelemetry,
         record: RunRecord,
-    ) -> StepReport:
+    ) -> tuple[int, ...]:
+        """Do a step, or skip it where the policy says so; return of how many ranks a stop is asked.
+
+        Raises:
+            TrainingError: on all ranks, if training cannot go on.
+        """
         config, steps = self.run.config, self.run.training.steps
         begun = time.monotonic()
         micro_batches = self.work.micro_batches(step, self.ranks)
         waited = time.monotonic() - begun
         telemetry.step_begins()
         seed_step(self.run.seed, step, self.ranks.rank)
-        report = training_step(
-            engine,
-            micro_batches,
-            step=step,
-            lr=learning_rate(step, steps=steps, peak=self.run.optimizer.lr, config=config.schedule),
-            balance_rate=balance_rate(step, steps=steps, config=config.balance),
-            objective=self.work.objective(step),
-            series_name=self.work.series_name,
-            flags=(is_stopping,),
-            telemetry=telemetry,
-        )
+        lr = learning_rate(step, steps=steps, peak=self.run.optimizer.lr, config=config.schedule)
+        try:
+            with stop.step():
+                report = training_step(
+                    engine,
+                    micro_batches,
+                    step=step,
+                    lr=lr,
+                    balance_rate=balance_rate(step, steps=steps, config=config.balance),
+                    objective=self.work.objective(step),
+                    series_name=self.work.series_name,
+                    flags=(stop.is_set,),
+                    telemetry=telemetry,
+                )
+        except NotFiniteError as error:
+            self.not_finite.decide(error)
+            if self.ranks.is_first:
+                logger.warning("%s; skipped, as training.on_not_finite says", error)
+            batch = self.run.training.global_batch_size
+            windows = range(step * batch, (step + 1) * batch)
+            record.not_finite(step, self.not_finite.remember(error, windows))
+            return error.flags
+        self.not_finite.passed(step)
         times = {"seconds": time.monotonic() - begun, "seconds_waited": waited}
         telemetry.step_ended(**times)
         record.stepped(step, report, engine.model.routers(), **times)
-        return report
+        return report.flags
 
     def _validate(self, engine: Engine, record: RunRecord, done: int) -> None:
         """Measure the error, remember and record it, with some forecasts. Collective."""
@@ -299,6 +332,7 @@ class Course(Generic[Result]):
             config=self.work.settings(),
             corpus_fingerprint=self.work.fingerprint,
             guard=self.guard.as_json(),
+            not_finite=list(self.not_finite.met),
         )
         saver.protect(self.guard.best_step)
         saver.begin(meta, engine.snapshot())

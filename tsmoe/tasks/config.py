@@ -205,6 +205,10 @@ class TaskTrainingConfig(LoopConfig):
     micro_batch_size: int = 32
     validate_every_steps: int = 50
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_roll_back()
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRunConfig(Section):

@@ -7,7 +7,6 @@ was killed goes on as if nothing had happened.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -33,9 +32,12 @@ from tsmoe.engine.protocol import Engine
 from tsmoe.errors import CheckpointError, TrainingError
 from tsmoe.ranks import CommunicationMeter, Ranks
 from tsmoe.run_folder import CONFIG_FILE, DONE_MARKER, REQUEUE_MARKER, STOP_NOTE
+from tsmoe.train.data_course import DataCourse
 from tsmoe.train.held_out import HeldOutForecasts
+from tsmoe.train.lost_ranks import lost_ranks_named
+from tsmoe.train.not_finite import NotFiniteError, NotFinitePolicy
 from tsmoe.train.objective import NextPatchObjective
-from tsmoe.train.open_data import RunData, check_stream, open_data, open_source
+from tsmoe.train.open_data import RunData, check_stream, open_data, open_quarantine, open_source
 from tsmoe.train.order_check import check_same_order
 from tsmoe.train.record import RunRecord
 from tsmoe.train.run_config import RunConfig
@@ -66,29 +68,38 @@ def pretrain(config: RunConfig) -> Outcome:
         ConfigError: if the settings do not fit one another or the number of ranks.
         DataError: if the corpus is missing, damaged or too short.
         CheckpointError: if the run folder holds another run, or the last save failed.
-        TrainingError: if the loss or the gradient is not finite.
+        TrainingError: if the loss or the gradient is not finite, and the policy does not help.
+        LostRankError: if another rank is gone or does not answer.
     """
     config.check_world_size(ranks_module.launched_world_size())
     ranks = ranks_module.start(
         timeout_seconds=config.training.timeout_seconds, device=config.training.device
     )
     ranks = replace(ranks, meter=CommunicationMeter())
-    with run_lock(Path(config.run), ranks):
-        return _pretrain(config, ranks)
+    # The last save, too, lies within the reach of the signals' handler: launchers send more than
+    # one, and the checkpoint must be whole before any of them may end this process.
+    stop = StopRequest(
+        note=Path(config.run) / STOP_NOTE if ranks.is_first else None,
+        stuck_seconds=config.training.stuck_seconds,
+        timeout_seconds=config.training.timeout_seconds,
+    )
+    with stop, lost_ranks_named(ranks), run_lock(Path(config.run), ranks):
+        return _pretrain(config, ranks, stop)
 
 
-def _pretrain(config: RunConfig, ranks: Ranks) -> Outcome:
+def _pretrain(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Outcome:
     """Open the corpus, go on from the newest checkpoint if there is one, and train."""
     run = Path(config.run)
     source = open_source(config, ranks)
+    quarantine = open_quarantine(config, source, ranks)
     found = _find_checkpoint(config, source, ranks)
     engine = build_engine(config, ranks, prepare=prepare_pretraining)
-    first_step, first_window = 0, 0
+    first_step, first_window, met_before = 0, 0, []
     if found is not None:
         folder, meta = found
         with StateReader(folder, meta) as reader:
-            engine.restore(reader, step=meta.step)
-        first_step, first_window = meta.step, meta.windows_seen
+            engine.restore(reader, step=meta.updates)
+        first_step, first_window, met_before = meta.step, meta.windows_seen, meta.not_finite
         if ranks.is_first:
             logger.info("going on from %s", folder)
     if first_step >= config.training.steps:
@@ -106,116 +117,149 @@ def _pretrain(config: RunConfig, ranks: Ranks) -> Outcome:
         ranks,
         first_window=first_window,
         positions=None if found is None else found[1].stream,
+        quarantine=quarantine,
     )
     if ranks.is_first:
         run.mkdir(parents=True, exist_ok=True)
         for marker in (DONE_MARKER, REQUEUE_MARKER):
             (run / marker).unlink(missing_ok=True)
         write_text(run / CONFIG_FILE, yaml.safe_dump(encode(config), sort_keys=False))
-    return _train(config, engine, data, first_step, first_window)
+    course = DataCourse(
+        config, data, ranks, first_step=first_step, first_window=first_window, quarantine=quarantine
+    )
+    policy = NotFinitePolicy(config.training.on_not_finite, met_before=met_before)
+    return _train(config, engine, data, course, policy, stop, first_step)
 
 
 def _train(
-    config: RunConfig, engine: Engine, data: RunData, first_step: int, first_window: int
+    config: RunConfig,
+    engine: Engine,
+    data: RunData,
+    course: DataCourse,
+    policy: NotFinitePolicy,
+    stop: StopRequest,
+    first_step: int,
 ) -> Outcome:
     """Go through the remaining steps; save at intervals and at the end."""
     run, ranks, training = Path(config.run), engine.ranks, config.training
-    course = _Course(config, data, ranks, first_step=first_step, first_window=first_window)
     saver = CheckpointSaver(run / "checkpoints", config.checkpoint, ranks)
     record = RunRecord(config, first_step=first_step, ranks=ranks)
     telemetry = StepTelemetry(engine)
-    # The last save lies within the reach of the signals' handler: launchers send more than one, and
-    # the checkpoint must be whole before any of them may end this process.
-    with StopRequest(note=run / STOP_NOTE if ranks.is_first else None) as stop:
-        with record, _saving_what_was_begun(saver):
-            for step in range(first_step, training.steps):
-                flags = (stop.is_set, saver.is_writing)
-                report = _timed_step(config, engine, course, step, flags, telemetry, record)
-                done = step + 1
-                if step % training.log_every_steps == 0:
-                    course.record_data(record, step)
-                is_stopping, is_any_rank_writing = (count > 0 for count in report.flags)
-                is_last = is_stopping or done == training.steps
-                if saver.is_pending and not is_any_rank_writing:
-                    saver.finish()
-                if done % config.checkpoint.every_steps == 0 or is_last:
-                    saver.begin(course.meta(done), engine.snapshot())
-                if done % training.validate_every_steps == 0 or done == training.steps:
-                    _validate(config, engine, data, record, step)
-                if is_last:
-                    break
-        saver.close(must_succeed=True)
-        outcome = Outcome.DONE if done == training.steps else Outcome.STOPPED
-        if ranks.is_first:
-            marker = DONE_MARKER if outcome is Outcome.DONE else REQUEUE_MARKER
-            write_text(run / marker, f"{done}\n")
-            logger.info("%s: %s at step %d of %d", run, outcome.value, done, training.steps)
+    step, is_stopping = first_step, False
+    with record, _saving_what_was_begun(saver):
+        while step < training.steps and not is_stopping:
+            flags: tuple[int, ...] = ()
+            try:
+                flags = _timed_step(config, engine, course, step, stop, saver, telemetry, record)
+                policy.passed(step)
+            except NotFiniteError as error:
+                policy.decide(error)
+                if policy.action == "roll_back":
+                    step = _roll_back(config, engine, course, policy, saver, record, error)
+                    continue
+                _skip(config, engine.ranks, course, policy, record, error)
+                flags = error.flags
+            done = step + 1
+            if step % training.log_every_steps == 0:
+                course.record_data(record, step)
+            is_stopping, is_any_rank_writing = (count > 0 for count in flags)
+            if is_stopping:
+                stop.noticed()
+            if saver.is_pending and not is_any_rank_writing:
+                saver.finish()
+            if done % config.checkpoint.every_steps == 0 or is_stopping or done == training.steps:
+                saver.begin(course.meta(done, not_finite=policy.met), engine.snapshot())
+            if done % training.validate_every_steps == 0 or done == training.steps:
+                _validate(config, engine, data, record, step)
+            step = done
+    saver.close(must_succeed=True)
+    outcome = Outcome.DONE if step == training.steps else Outcome.STOPPED
+    if ranks.is_first:
+        marker = DONE_MARKER if outcome is Outcome.DONE else REQUEUE_MARKER
+        write_text(run / marker, f"{step}\n")
+        logger.info("%s: %s at step %d of %d", run, outcome.value, step, training.steps)
     return outcome
 
 
-class _Course:
-    """The data of a run in order of step, from where this start of it begins."""
+def _skip(
+    config: RunConfig,
+    ranks: Ranks,
+    course: DataCourse,
+    policy: NotFinitePolicy,
+    record: RunRecord,
+    error: NotFiniteError,
+) -> None:
+    """Go on without the update of a step, on all ranks alike."""
+    if ranks.is_first:
+        logger.warning("%s; skipped, as training.on_not_finite says", error)
+    seen = course.windows_seen
+    windows = range(seen - config.training.global_batch_size, seen)
+    record.not_finite(error.step, policy.remember(error, windows))
 
-    def __init__(
-        self, config: RunConfig, data: RunData, ranks: Ranks, *, first_step: int, first_window: int
-    ) -> None:
-        self.corpus = data.corpus
-        self._config, self._data, self._ranks = config, data, ranks
-        self._first_step, self._first_window = first_step, first_window
-        self._passes = config.training.gradient_accumulation_steps(ranks.size)
-        self._batches = data.load(
-            config, num_batches=(config.training.steps - first_step) * self._passes
+
+def _roll_back(
+    config: RunConfig,
+    engine: Engine,
+    course: DataCourse,
+    policy: NotFinitePolicy,
+    saver: CheckpointSaver,
+    record: RunRecord,
+    error: NotFiniteError,
+) -> int:
+    """Go back to the last checkpoint and on with the windows that come now. Collective.
+
+    Returns:
+        The step to go on with.
+    """
+    saver.finish()
+    found = _find_checkpoint(config, course.corpus, engine.ranks)
+    if found is None:
+        raise TrainingError(
+            f"{error}; training.on_not_finite is roll_back, but no checkpoint was saved before; "
+            f"lower checkpoint.every_steps ({config.checkpoint.every_steps})"
+        ) from error
+    folder, meta = found
+    with StateReader(folder, meta) as reader:
+        engine.restore(reader, step=meta.updates)
+    event = policy.remember(error, range(meta.windows_seen, course.windows_seen), to=meta.step)
+    if engine.ranks.is_first:
+        logger.warning(
+            "%s; back to %s, and on after the windows [%d, %d)", error, folder, *event["windows"]
         )
-
-    def next_micro_batches(self) -> list[WindowBatch]:
-        """Return this rank's micro-batches of the next step, on its device."""
-        return [b.to(self._ranks.device) for b in itertools.islice(self._batches, self._passes)]
-
-    def windows_seen(self, done: int) -> int:
-        """Count the windows of all ranks in the first `done` steps of the run."""
-        steps = done - self._first_step
-        return self._first_window + steps * self._config.training.global_batch_size
-
-    def record_data(self, record: RunRecord, step: int) -> None:
-        """Record what the data of the steps since the last such record was made of. Collective."""
-        training, seen = self._config.training, self.windows_seen(step + 1)
-        since = training.log_every_steps * training.global_batch_size
-        record.mixed(step, self._data.source_shares(max(0, seen - since), seen))
-        record.streamed(step, self._data.stream_counts(self._batches_read(step + 1), self._ranks))
-
-    def meta(self, done: int) -> CheckpointMeta:
-        """Say what a checkpoint after `done` steps needs to go on from. Collective."""
-        return CheckpointMeta(
-            step=done,
-            windows_seen=self.windows_seen(done),
-            config=encode(self._config),
-            corpus_fingerprint=self.corpus.fingerprint,
-            stream=self._data.stream_positions(self._batches_read(done), self._ranks),
-        )
-
-    def _batches_read(self, done: int) -> int:
-        return (done - self._first_step) * self._passes
+    course.go_back(error.step + 1 - meta.step)
+    record.go_back(meta.step)
+    for event in policy.met:
+        if event.get("to") == meta.step:
+            record.not_finite(meta.step, event)
+    return meta.step
 
 
 def _timed_step(
     config: RunConfig,
     engine: Engine,
-    course: _Course,
+    course: DataCourse,
     step: int,
-    flags: tuple[bool, ...],
+    stop: StopRequest,
+    saver: CheckpointSaver,
     telemetry: StepTelemetry,
     record: RunRecord,
-) -> StepReport:
-    """Wait for the data, do the step, and record what it did and took."""
+) -> tuple[int, ...]:
+    """Wait for the data, do the step, and record what it did and took.
+
+    Returns:
+        Of how many ranks a stop was asked for, and how many are still writing a checkpoint.
+    """
     begun = time.monotonic()
-    micro_batches = course.next_micro_batches()
+    micro_batches = course.next_micro_batches(step)
     waited = time.monotonic() - begun
     telemetry.step_begins()
-    report = _step(config, engine, course.corpus, micro_batches, step, flags, telemetry)
+    flags = (stop.is_set, saver.is_writing)
+    with stop.step():
+        report = _step(config, engine, course.corpus, micro_batches, step, flags, telemetry)
     times = {"seconds": time.monotonic() - begun, "seconds_waited": waited}
     telemetry.step_ended(**times)
     record.stepped(step, report, engine.model.routers(), **times)
-    return report
+    return report.flags
 
 
 def _step(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipeline.errors import DamagedFileError, ShardError
 from data_pipeline.shards.reader import Corpus
-from data_pipeline.shards.verify import verify_changed
+from data_pipeline.shards.verify import find_damaged, verify_changed
 from tsmoe.batch import WindowBatch
 from tsmoe.checkpoint.layout import CheckpointMeta
 from tsmoe.data.loader import TrainingBatches, ValidationBatches, load_training
 from tsmoe.data.pack_gather import PackGather
 from tsmoe.data.patch_mask import PatchMask
+from tsmoe.data.quarantine import QUARANTINE_FILE, Quarantine
+from tsmoe.data.read_ahead import ReadAhead
 from tsmoe.data.stream import StreamBatches, Streamed, load_stream, stream_validation
 from tsmoe.data.windows import training_windows, validation_windows
 from tsmoe.errors import CheckpointError, DataError
@@ -22,6 +26,8 @@ from tsmoe.ranks import Ranks
 from tsmoe.train.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
+
+QUARANTINE_HINT = "set data.on_bad_shard=quarantine to go on without a bad shard"
 
 T = TypeVar("T")
 
@@ -34,16 +40,19 @@ class RunData:
     training: TrainingBatches | StreamBatches
     validation: list[WindowBatch]
 
-    def load(self, config: RunConfig, *, num_batches: int) -> Iterator[WindowBatch]:
-        """Iterate over the next micro-batches of this rank."""
+    def load(
+        self, config: RunConfig, *, num_batches: int, first_batch: int = 0
+    ) -> ReadAhead[WindowBatch]:
+        """Iterate over micro-batches of this rank; those of a stream from the first one on."""
         settings: dict[str, Any] = {  # Any: an int and a float
             "num_batches": num_batches,
             "num_workers": config.data.num_workers,
-            "timeout_seconds": config.training.timeout_seconds,
+            # A rank that waits for its data says so before the others wait for it in vain.
+            "timeout_seconds": 0.9 * config.training.timeout_seconds,
         }
         if isinstance(self.training, StreamBatches):
             return load_stream(self.training, **settings)
-        return load_training(self.training, **settings)
+        return load_training(self.training, first_batch=first_batch, **settings)
 
     def source_shares(self, begin: int, end: int) -> dict[str, float]:
         """Part of each source in the windows [begin, end); empty where it is not known ahead."""
@@ -79,19 +88,49 @@ class RunData:
 
 
 def open_source(config: RunConfig, ranks: Ranks) -> Corpus | Streamed:
-    """Open the corpus, or the definition of the stream.
+    """Open the corpus, or the definition of the stream. Collective.
 
     Raises:
         DataError: if it is missing, damaged, or cannot be reached.
     """
     if config.stream is None:
         assert config.corpus is not None, "checked by the configuration"
-        corpus = Corpus.open(config.corpus)
-        if config.data.verifies_corpus:
+        tolerates = config.data.on_bad_shard == "quarantine"
+        try:
+            corpus = Corpus.open(config.corpus, tolerates_bad_shards=tolerates)
+        except DamagedFileError as error:
+            raise _with_hint(error) from error
+        if config.data.verifies_corpus and not tolerates:
             _verify(corpus, ranks)
         return corpus
     stream = config.stream
     return _on_all(ranks, lambda: Streamed(stream))
+
+
+def open_quarantine(
+    config: RunConfig, source: Corpus | Streamed, ranks: Ranks
+) -> Quarantine | None:
+    """Look for bad shards and put them aside, where the run is to go on without them. Collective.
+
+    Every rank looks at the sizes of the files that it sees, and the first one at their content.
+
+    Raises:
+        DataError: if too much is lost.
+    """
+    if config.data.on_bad_shard == "stop" or not isinstance(source, Corpus):
+        return None
+    quarantine = Quarantine(source, Path(config.run) / QUARANTINE_FILE, ranks)
+
+    def look() -> dict[str, str]:
+        if ranks.is_first and config.data.verifies_corpus:
+            return find_damaged(source)
+        # Another node may see other files; of a remote store all see the same.
+        is_worth_it = ranks.is_first or source.store.is_local
+        return source.manifest.find_wrong_sizes(source.store) if is_worth_it else {}
+
+    problems = _on_all(ranks, look)
+    quarantine.add_files(problems, step=0)
+    return quarantine
 
 
 def check_stream(config: RunConfig, ranks: Ranks, folder: object, meta: CheckpointMeta) -> None:
@@ -120,8 +159,9 @@ def open_data(
     *,
     first_window: int,
     positions: list[dict[str, Any]] | None,
+    quarantine: Quarantine | None = None,
 ) -> RunData:
-    """Open the batches of this rank.
+    """Open the batches of this rank. Collective.
 
     Args:
         config: of the run.
@@ -129,6 +169,10 @@ def open_data(
         ranks: all processes of the run.
         first_window: windows of all ranks that were seen before.
         positions: of the ranks in the stream, from a checkpoint.
+        quarantine: takes shards that cannot be read.
+
+    Raises:
+        DataError: if the data cannot be read.
     """
     model = config.model
     patch_mask = PatchMask(
@@ -137,7 +181,16 @@ def open_data(
         lookahead_patches=model.lookahead_patches,
     )
     if isinstance(source, Corpus):
-        return _open_corpus(config, source, ranks, patch_mask, first_window)
+        while True:
+            bad = None
+            try:
+                data = _open_corpus(config, source, ranks, patch_mask, first_window)
+            except ShardError as error:
+                if quarantine is None:
+                    raise _with_hint(error) from error
+                bad = error
+            if quarantine is None or not quarantine.agree(bad, step=0):
+                return data
     position = None if positions is None else positions[ranks.rank]
     return _on_all(
         ranks, lambda: _open_stream(config, source, ranks, patch_mask, first_window, position)
@@ -253,4 +306,11 @@ def _verify(corpus: Corpus, ranks: Ranks) -> None:
     """Let the first rank check the shards that have changed since, and tell the others."""
     problems = ranks.gather(verify_changed(corpus) if ranks.is_first else [])[0]
     if problems:
-        raise DataError(f"{corpus.path}: {'; '.join(problems)}; build or copy the corpus again")
+        raise DataError(
+            f"{corpus.path}: {'; '.join(problems)}; build or copy the corpus again, or "
+            f"{QUARANTINE_HINT}"
+        )
+
+
+def _with_hint(error: DamagedFileError) -> DataError:
+    return DataError(f"{error}; or {QUARANTINE_HINT}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -58,12 +59,13 @@ class RunRecord:
         )
         self._writer: MetricsWriter | None = None
         self._peak = Peak(flops_per_second=None, source="not asked for")
+        self._open_writer = functools.partial(
+            MetricsWriter, Path(config.run), log_every_steps=training.log_every_steps
+        )
         if ranks.is_first:
             self._peak = find_peak(ranks, training.precision)
-            self._writer = MetricsWriter(
-                Path(config.run),
+            self._writer = self._open_writer(
                 first_step=first_step,
-                log_every_steps=training.log_every_steps,
                 start={"ranks": ranks.size, "peak_flops": self._peak.flops_per_second,
                        "peak_is": self._peak.source},
             )  # fmt: skip
@@ -113,6 +115,17 @@ class RunRecord:
         """Record how far a stream was read up to a step, where there is one."""
         if self._writer is not None and counts:
             self._writer.write_stream(step, counts)
+
+    def not_finite(self, step: int, event: Mapping[str, Any]) -> None:
+        """Record what was not finite and not learned from."""
+        if self._writer is not None:
+            self._writer.write_not_finite(step, event)
+
+    def go_back(self, step: int) -> None:
+        """Drop what was recorded from a step on: it is done again."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = self._open_writer(first_step=step)
 
     def validated(
         self,

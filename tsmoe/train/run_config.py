@@ -22,6 +22,7 @@ from tsmoe.losses import ErrorUnit
 from tsmoe.models.block import FeedForwardConfig
 from tsmoe.models.time_tracker import TimeTrackerConfig
 from tsmoe.moe.layer import MoEConfig
+from tsmoe.train.not_finite import OnNotFinite
 from tsmoe.train.schedule import BalanceConfig, ScheduleConfig
 
 logger = logging.getLogger(__name__)
@@ -49,15 +50,42 @@ class LoopConfig(Section):
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     timeout_seconds: float = 600.0
-    """A collective that waits longer than this for another rank fails, and a step for its data."""
+    """A collective that waits longer than this for another rank fails; a step for its data a tenth
+    earlier, so that the rank that waits for data says so before others wait for it in vain."""
+    stop_seconds: float | None = None
+    """Once a stop was asked for, a step that takes this long, and three times as long as any
+    before, is stuck, and the process ends without saving; null: a thirtieth of timeout_seconds."""
+    on_not_finite: OnNotFinite = "stop"
+    """What follows a loss or gradient that is not finite: `stop`; `skip` the update of that step;
+    or `roll_back` to the last checkpoint and go on with the windows after the bad ones."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size", "validate_every_steps",
                      "log_every_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.timeout_seconds <= 0:
-            raise ValueError(f"timeout_seconds ({self.timeout_seconds}) must be above 0")
+        if self.timeout_seconds <= 0 or (self.stop_seconds is not None and self.stop_seconds <= 0):
+            raise ValueError(
+                f"timeout_seconds ({self.timeout_seconds}) and stop_seconds ({self.stop_seconds}) "
+                "must be above 0"
+            )
+
+    @property
+    def stuck_seconds(self) -> float:
+        """How long a step may last once a stop was asked for."""
+        return self.timeout_seconds / 30 if self.stop_seconds is None else self.stop_seconds
+
+    def refuse_roll_back(self) -> None:
+        """Refuse it where a run keeps what was best instead.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if self.on_not_finite == "roll_back":
+            raise ValueError(
+                "on_not_finite is roll_back, but a fine-tuning run ends at such a step and hands "
+                "over what was best before; use stop or skip"
+            )
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Passes of each rank per optimizer step."""

@@ -22,6 +22,7 @@ from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.nn.spans import NO_SERIES
 from tsmoe.ranks import Ranks
 from tsmoe.train.held_out import HeldOutForecasts
+from tsmoe.train.not_finite import NotFiniteError
 from tsmoe.train.objective import Objective
 from tsmoe.train.telemetry import StepCost, StepTelemetry
 
@@ -86,7 +87,9 @@ def training_step(
         telemetry: measures the step; what the step before cost rides along.
 
     Raises:
-        TrainingError: if loss or gradient is not finite; parameters are those before the step.
+        NotFiniteError: on all ranks, if loss or gradient is not finite; parameters, moments and
+            load biases are those before the step, and no gradient is left.
+        TrainingError: if no point of the batch is observed.
     """
     ranks = engine.ranks
     counts = ranks.sum(_counts(engine.model, micro_batches, objective, ranks.device))
@@ -100,10 +103,11 @@ def training_step(
             f"step {step}: no point of the batch can be a target; check the corpus for gaps"
         )
     if not math.isfinite(totals.error):
-        _stop("loss", step, ranks, micro_batches, sums.terms, series_name)
+        engine.discard()
+        raise _not_finite("loss", step, ranks, micro_batches, sums.terms, series_name, totals)
     grad_norm = engine.update(lr=lr).grad_norm
     if not math.isfinite(grad_norm):
-        _stop("gradient", step, ranks, micro_batches, sums.terms, series_name)
+        raise _not_finite("gradient", step, ranks, micro_batches, sums.terms, series_name, totals)
     if balance_rate:
         load_ME = totals.load_ME.to(ranks.device)
         for router, load_E in zip(engine.model.routers(), load_ME, strict=True):
@@ -305,14 +309,15 @@ def _mean_errors(batch: WindowBatch, term: LossTerms) -> tuple[Tensor, Tensor]:
     return keys_G2[is_series_G, 1], (error_G / count_G.clamp(min=1))[is_series_G]
 
 
-def _stop(
+def _not_finite(
     what: str,
     step: int,
     ranks: Ranks,
     micro_batches: Sequence[WindowBatch],
     terms: Sequence[LossTerms],
     series_name: Callable[[int], str],
-) -> None:
+    totals: _Totals,
+) -> NotFiniteError:
     """Name the series to look at: those with a bad loss, else those with the largest."""
     pairs = [_mean_errors(*pair) for pair in zip(micro_batches, terms, strict=True)]
     ids, errors = (torch.cat(column) for column in zip(*pairs, strict=True))
@@ -327,8 +332,10 @@ def _stop(
         if any(bad for bad, _ in all_bad)
         else "with the largest loss"
     )
-    raise TrainingError(
+    names = names[:_SERIES_NAMED]
+    message = (
         f"step {step}: the {what} is not finite; nothing was updated; series {cause}: "
-        f"{', '.join(names[:_SERIES_NAMED])}; look at them with `tsmoe data inspect`, lower "
-        "optimizer.lr, or resume from the last checkpoint"
+        f"{', '.join(names)}; look at them with `tsmoe data inspect`, lower optimizer.lr, or "
+        "set training.on_not_finite=skip or roll_back and resume from the last checkpoint"
     )
+    return NotFiniteError(message, step=step, what=what, series=names, flags=totals.flags)

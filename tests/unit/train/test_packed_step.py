@@ -37,6 +37,9 @@ class BareEngine:
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         loss.backward()
 
+    def discard(self) -> None:
+        self.model.zero_grad()
+
     def update(self, *, lr: float) -> SimpleNamespace:
         squares = [p.grad.square().sum() for p in self.model.parameters() if p.grad is not None]
         return SimpleNamespace(grad_norm=float(torch.stack(squares).sum().sqrt()))
