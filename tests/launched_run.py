@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-STEPS, EVERY = 240, 10
+STEPS, EVERY = 160, 5
 # Two ranks that share the experts, and a run long enough to be disturbed more than once.
 LONG = {
     "model": {"dropout": 0.1},
-    "training": {"steps": STEPS, "validate_every_steps": 80},
+    "training": {"steps": STEPS, "validate_every_steps": 40},
     "checkpoint": {"every_steps": EVERY, "keep": 3},
     "engine": {"type": "deepspeed", "zero_stage": 1},
 }

@@ -46,7 +46,7 @@ def test_run_outlives_the_signal_a_killed_rank_and_a_requeue(
 
     try:
         # What SLURM sends before the time limit: to every process of the step.
-        wait_until(lambda: newest(run) >= 10, what="a checkpoint")
+        wait_until(lambda: newest(run) >= 5, what="a checkpoint")
         cluster("scancel", "--signal=USR1", job)
         wait_until(lambda: count() == 1, what="the end of the first start")
         (stopped,) = restarts_of(run)
@@ -69,8 +69,9 @@ def test_run_outlives_the_signal_a_killed_rank_and_a_requeue(
         print(log.read_text()[-5000:])
         raise
     lost, done = restarts_of(run)[-2:]
-    assert (lost["exit_code"], lost["outcome"]) == (None, "crashed")
-    assert (done["outcome"], done["step"], done["restart"]) == ("done", STEPS, 3)
+    # SIGTERM comes first: with luck the ranks save and the script has its say, else nobody has.
+    assert (lost["exit_code"], lost["outcome"]) in ((0, "stopped"), (None, "crashed")), lost
+    assert (done["outcome"], done["step"]) == ("done", STEPS)
     assert "JobState=COMPLETED" in cluster("scontrol", "show", "job", job)
     assert losses_of(run) == undisturbed
     assert not ranks_in(run)
