@@ -56,7 +56,7 @@ BANS = (
 
 # The parts of tsmoe, lowest layer first: a part imports from its own layer and those before it.
 LAYERS = (
-    ("errors", "config", "batch", "host_memory", "ranks", "run_folder"),
+    ("errors", "config", "batch", "host_memory", "launcher_watch", "ranks", "run_folder"),
     ("nn",),
     ("moe",),
     ("heads", "models", "losses"),

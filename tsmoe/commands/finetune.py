@@ -47,6 +47,9 @@ def resolve_run(name_or_path: str, settings: list[str]) -> FinetuneConfig | Task
 def _finetune(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from tsmoe.launcher_watch import stop_without_launcher
+
+    stop_without_launcher()  # before torch is imported, which takes seconds
     from tsmoe.finetune.loop import finetune
     from tsmoe.finetune.result import RESULT_FILE
     from tsmoe.ranks import launched_world_size, stop

@@ -45,6 +45,9 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    from tsmoe.launcher_watch import stop_without_launcher
+
+    stop_without_launcher()  # before torch is imported, which takes seconds
     from tsmoe.ranks import launched_world_size, stop
     from tsmoe.train.loop import Outcome, pretrain
     from tsmoe.train.run_config import resolve
