@@ -3,7 +3,8 @@
 A run on two ranks is left alone to its end, in each way that there is. From a checkpoint of it
 another run goes on with one process, and from a checkpoint of that one a third with two ranks
 again: 2 -> 1 -> 2. Losses of the 50 steps after each switch are compared with those of the
-undisturbed run. All are real commands, under DeepSpeed's launcher, torchrun, or none.
+undisturbed run. All are real commands, under DeepSpeed's launcher, torchrun, or none. The runs stay
+in --out, so that the same command goes on where it was cut.
 
     python benchmarks/elastic_resume.py            # each way in each place once, some minutes
     python benchmarks/elastic_resume.py --all      # every pair, 2 -> 1 and 1 -> 2
@@ -14,8 +15,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,13 +88,16 @@ class Runs:
     """Runs in a folder, each made once."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._corpus = folder, build_corpus(folder / "corpus")
+        self._folder, self._corpus = folder.resolve(), folder.resolve() / "corpus"
+        if not (self._corpus / "manifest.json").exists():
+            build_corpus(self._corpus)
 
     def run(self, *ways: Way) -> Path:
         """Return the run that went through these ways, a switch between each two."""
         run = self._folder / " then ".join(map(str, ways)).replace(", ", "_").replace(" ", "_")
-        if run.exists():
+        if (run / "DONE").exists():
             return run
+        shutil.rmtree(run, ignore_errors=True)
         if len(ways) > 1:
             before = self.run(*ways[:-1]) / "checkpoints"
             switched = step_folder(SWITCH_STEP + (len(ways) - 2) * AFTER)
@@ -155,13 +157,12 @@ def main() -> None:
     """Run the chains and record the differences."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every pair; half an hour")
+    parser.add_argument("--out", type=Path, default=Path("runs/elastic_resume"))
     args = parser.parse_args()
-    transitions = []
-    with tempfile.TemporaryDirectory() as name:
-        runs = Runs(Path(name))
-        for chain in all_chains() if args.all else chosen_chains():
-            transitions += runs.compare(chain)
-            print(table(transitions[-2:]).splitlines()[-2:], file=sys.stderr, flush=True)
+    runs, transitions = Runs(args.out), []
+    for chain in all_chains() if args.all else chosen_chains():
+        transitions += runs.compare(chain)
+        print(*table(transitions[-2:]).splitlines()[-2:], sep="\n", flush=True)
     largest = max(t["largest_loss_difference"] for t in transitions)
     results = {
         "target": TARGET,

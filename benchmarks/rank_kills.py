@@ -175,11 +175,13 @@ class Campaign:
         settings = [
             *small_settings(self._corpus, steps=STEPS, ranks=2), f"run={run}",
             f"training.validate_every_steps={VALIDATE_EVERY}",
-            f"checkpoint.every_steps={SAVE_EVERY}", "engine.expert_parallel_size=2",
+            "engine.expert_parallel_size=2",
         ]  # fmt: skip
         if run == self._undisturbed:
-            # All of its checkpoints stay, to compare with.
-            settings.append(f"checkpoint.milestone_every_steps={SAVE_EVERY}")
+            # To compare with: ranks that lose their launcher save at any step.
+            settings += ["checkpoint.every_steps=1", "checkpoint.milestone_every_steps=1"]
+        else:
+            settings.append(f"checkpoint.every_steps={SAVE_EVERY}")
         command = pretrain_by_deepspeed(settings, ranks=2)
         return Launch(command, run, self._log(self._num_starts))
 
