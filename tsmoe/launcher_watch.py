@@ -40,4 +40,6 @@ def _watch(launcher: int, look_every_seconds: float) -> None:
         "start the same command again to go on",
         os.environ["RANK"], launcher,
     )  # fmt: skip
+    # Ranks may be started with it blocked, and without a launcher nobody would end them.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     os.kill(os.getpid(), signal.SIGTERM)

@@ -18,7 +18,8 @@ print(rank.pid, flush=True)
 os._exit(0)
 """
 RANK = """
-import time
+import signal, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as a node's wrapper starts them
 from tsmoe.launcher_watch import stop_without_launcher
 stop_without_launcher(look_every_seconds=0.02)
 print("watching", flush=True)
