@@ -137,7 +137,7 @@ def worker(output: Path, *, presets: Sequence[str], rounds: int, steps: int) -> 
         )
         saved = step_folders(Path(config.run))[-1]
         figures[preset] = {
-            "parameters": sum(p.numel() for p in trainer.engine.model.parameters()),
+            "parameters_per_rank": sum(p.numel() for p in trainer.engine.model.parameters()),
             "windows_per_rank": windows,
             "bytes_per_checkpoint": sum(file.stat().st_size for file in saved.iterdir()),
             **summary(trainer.times, turns.wall, steps=steps, warm_up=1),
