@@ -8,6 +8,7 @@ from typing import Any
 
 from tsmoe.checkpoint.layout import (
     LATEST_FILE,
+    META_FILE,
     CheckpointMeta,
     find_damage,
     read_meta,
@@ -21,16 +22,19 @@ logger = logging.getLogger(__name__)
 def newest_checkpoint(folder: Path) -> tuple[Path, CheckpointMeta] | None:
     """Return the newest whole checkpoint of a `checkpoints` folder, or None if there is none.
 
-    `latest` is tried first; a damaged checkpoint is passed over with a warning that says what is
-    wrong with it.
+    What `latest` names is tried first, but for checkpoints that were written after it: a run that
+    was killed between the two has them. A damaged checkpoint is passed over with a warning that
+    says what is wrong with it.
     """
     candidates = step_folders(folder)[::-1]
     latest = folder / LATEST_FILE
     if latest.exists():
         named = folder / latest.read_text(encoding="utf-8").strip()
         if named in candidates:
-            candidates.remove(named)
-            candidates.insert(0, named)
+            written = latest.stat().st_mtime_ns
+            newer = [path for path in candidates if path > named and _written(path) > written]
+            first = [*newer, named]
+            candidates = [*first, *(path for path in candidates if path not in first)]
         else:
             logger.warning(
                 "%s names %s, which is not there; looking for others", latest, named.name
@@ -51,6 +55,14 @@ def newest_checkpoint(folder: Path) -> tuple[Path, CheckpointMeta] | None:
             "restore one from a copy, or start a new run with another run="
         )
     return None
+
+
+def _written(checkpoint: Path) -> int:
+    """When a checkpoint was committed, in nanoseconds; 0 for one without a record."""
+    try:
+        return (checkpoint / META_FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def open_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:

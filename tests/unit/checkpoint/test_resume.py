@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,11 @@ def test_another_model_is_told_by_its_differing_keys(meta_of) -> None:
         check_same_model(meta, {"model": {"d_model": 16, "head": {"type": "point"}}}, Path("run"))
     assert "model.d_model is 8 there and 16 here" in str(raised.value)
     assert "model.head is None there" in str(raised.value)
+
+
+def test_checkpoint_that_was_committed_after_latest_is_the_newest(folder) -> None:
+    # A kill between the two writes leaves this: `latest` is older than the newest checkpoint.
+    (folder / "latest").write_text("step_00000004")
+    before_commit = (folder / "step_00000008" / "meta.json").stat().st_mtime_ns - 1
+    os.utime(folder / "latest", ns=(before_commit, before_commit))
+    assert newest_checkpoint(folder)[0].name == "step_00000008"
