@@ -11,6 +11,7 @@ from typing import Any
 METRICS_FILE, CONFIG_FILE, RESTARTS_FILE = "metrics.jsonl", "config.yaml", "restarts.jsonl"
 CHECKPOINTS_FOLDER, LOCK_FILE = "checkpoints", ".lock"
 DONE_MARKER, REQUEUE_MARKER = "DONE", "REQUEUE"
+QUARANTINE_FILE = "quarantine.json"
 STOP_NOTE = "STOP"
 """A file that somebody makes to ask a run to save and end."""
 

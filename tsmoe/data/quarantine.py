@@ -22,7 +22,6 @@ from tsmoe.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-QUARANTINE_FILE = "quarantine.json"
 MAX_LOST_SHARE = 0.1
 """Of all points of the corpus; with more lost, it is not the corpus that was asked for."""
 

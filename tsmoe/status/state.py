@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from tsmoe.run_folder import (
     DONE_MARKER,
     LOCK_FILE,
     METRICS_FILE,
+    QUARANTINE_FILE,
     REQUEUE_MARKER,
     RESTARTS_FILE,
     EndOfStart,
@@ -67,6 +69,8 @@ class CheckpointStatus:
     """Seconds since 1970."""
     damage: str | None
     """What is missing of it, by the sizes of its files; None if nothing."""
+    bad_steps: int
+    """Steps until then whose loss or gradient was not finite, and which were passed over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,8 @@ class RunStatus:
     validation_loss: float | None
     validation_step: int | None
     checkpoint: CheckpointStatus | None
+    lost_shards: int
+    """Shards of the corpus that the run goes on without."""
     restarts: int
     last_end: EndOfStart | None
     """How the newest start that ended did, where a launcher wrote it down."""
@@ -151,6 +157,7 @@ def look_at(run: Path, *, now: float | None = None) -> RunStatus:
         validation_loss=number(validation.get("loss/validation")),
         validation_step=int(validation["step"]) + 1 if validation else None,
         checkpoint=checkpoint,
+        lost_shards=_lost_shards(run / QUARANTINE_FILE),
         restarts=sum(end.decision == "restart" for end in ends),
         last_end=ends[-1] if ends else None,
         ranks=tail.ranks,
@@ -228,13 +235,22 @@ def _newest_checkpoint(folder: Path) -> CheckpointStatus | None:
         saved_at = _changed(path / META_FILE) or _changed(path)
         if saved_at is None:
             continue  # was removed meanwhile
+        bad_steps = 0
         try:
-            damage = find_missing_bytes(path, read_meta(path))
+            meta = read_meta(path)
+            damage, bad_steps = find_missing_bytes(path, meta), len(meta.not_finite)
         except CheckpointError:
             damage = f"{META_FILE} cannot be read"
         step = int(path.name.rpartition("_")[2])
-        return CheckpointStatus(step=step, saved_at=saved_at, damage=damage)
+        return CheckpointStatus(step=step, saved_at=saved_at, damage=damage, bad_steps=bad_steps)
     return None
+
+
+def _lost_shards(path: Path) -> int:
+    try:
+        return len(json.loads(path.read_text(encoding="utf-8"))["shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0  # most runs have none
 
 
 def _eta(tail: MetricsTail, training: Mapping[str, Any], step: int) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tsmoe.run_folder import METRICS_FILE, QUARANTINE_FILE
 from tsmoe.status.state import RunStatus
 
 _HEADER = ("run", "health", "step", "left", "points/s", "loss", "validation", "checkpoint",
@@ -68,6 +69,16 @@ def _remarks(status: RunStatus) -> list[str]:
         found.append(
             f"{status.run}: checkpoint of step {status.checkpoint.step} is not whole: "
             f"{status.checkpoint.damage}"
+        )
+    if status.checkpoint is not None and status.checkpoint.bad_steps:
+        found.append(
+            f"{status.run}: {status.checkpoint.bad_steps} step(s) were not finite and passed over; "
+            f"{METRICS_FILE} names their series"
+        )
+    if status.lost_shards:
+        found.append(
+            f"{status.run}: goes on without {status.lost_shards} bad shard(s) of its corpus, see "
+            f"{QUARANTINE_FILE}"
         )
     end = status.last_end
     if end is not None and end.reason and end.reason not in status.remark:

@@ -17,12 +17,13 @@ from tsmoe.checkpoint.layout import CheckpointMeta
 from tsmoe.data.loader import TrainingBatches, ValidationBatches, load_training
 from tsmoe.data.pack_gather import PackGather
 from tsmoe.data.patch_mask import PatchMask
-from tsmoe.data.quarantine import QUARANTINE_FILE, Quarantine
+from tsmoe.data.quarantine import Quarantine
 from tsmoe.data.read_ahead import ReadAhead
 from tsmoe.data.stream import StreamBatches, Streamed, load_stream, stream_validation
 from tsmoe.data.windows import training_windows, validation_windows
 from tsmoe.errors import CheckpointError, DataError
 from tsmoe.ranks import Ranks
+from tsmoe.run_folder import QUARANTINE_FILE
 from tsmoe.train.run_config import RunConfig
 
 logger = logging.getLogger(__name__)

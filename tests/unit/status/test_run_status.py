@@ -21,6 +21,7 @@ from status_run import (
 from tsmoe.__main__ import main
 from tsmoe.errors import DataError
 from tsmoe.status import Health, look_at
+from tsmoe.status.prometheus import prometheus_text
 from tsmoe.status.table import duration, table
 from tsmoe.status.tail import STEPS_READ, read_tail
 
@@ -154,6 +155,20 @@ def test_checkpoint_whose_file_is_short_is_told(make_run: MakeRun) -> None:
     assert "checkpoint of step 20 is not whole: dense.safetensors has 50" in table([status])
     (run / "checkpoints" / "step_00000020" / "meta.json").write_text("{")
     assert "meta.json cannot be read" in table([look_at(run, now=NOW)])
+
+
+def test_what_a_run_passed_over_is_told(make_run: MakeRun) -> None:
+    run = make_run()
+    meta = write_checkpoint(run, 20, age=300) / "meta.json"
+    event = {"step": 7, "what": "loss", "series": ["a"], "action": "skip", "windows": [0, 8]}
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"not_finite": [event, event]}))
+    (run / "quarantine.json").write_text(json.dumps({"shards": [{"file": "part-00001.arrow"}]}))
+    (status,) = [look_at(run, now=NOW)]
+    assert "2 step(s) were not finite" in table([status])
+    assert "without 1 bad shard(s)" in table([status])
+    assert 'tsmoe_bad_steps_total{run="' in prometheus_text([status])
+    (run / "quarantine.json").write_text("{")
+    assert look_at(run, now=NOW).lost_shards == 0
 
 
 def test_lines_that_cannot_be_read_are_passed_over(make_run: MakeRun) -> None:
