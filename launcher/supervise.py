@@ -41,8 +41,9 @@ class RestartConfig(LaunchSection):
 
     most: int = 100
     """Restarts of one run in all, since it was last begun by hand."""
-    most_without_progress: int = 2
-    """Restarts one after the other that brought no newer checkpoint."""
+    most_without_progress: int = 5
+    """Restarts one after the other that brought no newer checkpoint. More than one or two, as a
+    node that returns may be sent what ended its former start once more."""
 
     def __post_init__(self) -> None:
         if self.most < 0 or self.most_without_progress < 0:

@@ -24,8 +24,6 @@ class AccelerateConfig(LaunchSection):
     hosts: tuple[str, ...] = ()
     """Names of the machines, reached by ssh without a password; none: this machine."""
     master_port: int = 29500
-    is_on_cpu: bool = False
-    """Ranks without GPUs."""
 
     is_queued = False
 
@@ -55,9 +53,9 @@ class AccelerateConfig(LaunchSection):
         return PlannedStart(job=job, argv=argv, environment=variables, folder=folder)
 
     def _launch(self, job: Job, python: str, *, machine: int, address: str) -> list[str]:
-        kind = "--cpu" if self.is_on_cpu else "--multi_gpu"
         return [
-            python, "-m", "accelerate.commands.launch", kind,
+            # Several processes, also without GPUs: with --cpu it would start one.
+            python, "-m", "accelerate.commands.launch", "--multi_gpu",
             "--num_machines", str(job.nodes),
             "--num_processes", str(job.nodes * job.ranks_per_node),
             "--machine_rank", str(machine),
