@@ -26,7 +26,10 @@ def batch_script(spec: LaunchSpec, slurm: SlurmConfig, job: Job, *, python: str)
     """Write the script of one job."""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(spec, slurm, job))]
     lines += ["# Written by `tsmoe launch`; runs from the top after each requeue."]
-    lines += [f"export {name}={shlex.quote(v)}" for name, v in rank_variables(spec).items()]
+    lines += [
+        f"export {name}={shlex.quote(v)}"
+        for name, v in rank_variables(spec, world_size=None).items()
+    ]
     lines += [f"cd {shlex.quote(spec.folder)} || exit 1", *slurm.before]
     if job.run is not None:
         lines += _training(spec, slurm, job, python=python)

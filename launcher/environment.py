@@ -16,10 +16,21 @@ if TYPE_CHECKING:
 _FIRST_PORT, _NUM_PORTS = 15_000, 15_000  # below the range that systems hand out by themselves
 _PORTS_TRIED = 64
 
+WORLD_SIZE_VARIABLE = "TSMOE_RANKS"
+"""Ranks that were planned: some launchers start each machine's, or each process, alone."""
 
-def rank_variables(spec: LaunchSpec) -> dict[str, str]:
-    """Return what the launch file sets for all ranks."""
+
+def rank_variables(spec: LaunchSpec, *, world_size: int | None) -> dict[str, str]:
+    """Return what all ranks find set.
+
+    Args:
+        spec: of the launch.
+        world_size: ranks that must find one another, which each of them checks; None: not known
+            yet, or a command that runs once.
+    """
     variables = dict(spec.environment)
+    if world_size is not None:
+        variables[WORLD_SIZE_VARIABLE] = str(world_size)
     if spec.network_interface is not None:
         variables.setdefault("NCCL_SOCKET_IFNAME", spec.network_interface)
         variables.setdefault("GLOO_SOCKET_IFNAME", spec.network_interface)

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from launcher.environment import device_ids, interface_to, scratch_variables
+from launcher.environment import WORLD_SIZE_VARIABLE, device_ids, interface_to, scratch_variables
 from launcher.errors import LaunchError
 
 
@@ -51,7 +51,7 @@ def rank_command(
             f"SLURM started the step on {count} node(s), but the job has {len(hosts)} "
             f"({args.hosts}); the nodes would train apart from one another"
         )
-    variables: dict[str, str] = {}
+    variables = {WORLD_SIZE_VARIABLE: str(len(hosts) * args.ranks_per_node)}
     if len(hosts) > 1 and "GLOO_SOCKET_IFNAME" not in environment:
         peer = hosts[0] if int(number) else hosts[1]
         if (interface := interface_to(peer)) is not None:

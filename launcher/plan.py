@@ -38,6 +38,11 @@ class Job:
         """Whether its processes talk to one another."""
         return self.command[0] in RANKED_COMMANDS
 
+    @property
+    def world_size(self) -> int | None:
+        """Processes that talk to one another; None of a command that runs once."""
+        return self.nodes * self.ranks_per_node if self.is_ranked else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStart:

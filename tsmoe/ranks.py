@@ -269,9 +269,20 @@ class PendingRows:
 
 
 def launched_world_size() -> int:
-    """Processes that the launcher started, before any of them has joined the others."""
+    """Processes that the launcher started, before any of them has joined the others.
+
+    Raises:
+        ConfigError: if `tsmoe launch` planned another number of them.
+    """
     _map_slurm_variables()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    planned = int(os.environ.get("TSMOE_RANKS", size))
+    if planned != size:
+        raise ConfigError(
+            f"{planned} ranks were to train together, but the launcher made groups of {size}; they "
+            "would train apart from one another: look at its host list, or use another backend"
+        )
+    return size
 
 
 def start(

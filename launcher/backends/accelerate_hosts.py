@@ -33,7 +33,7 @@ class AccelerateConfig(LaunchSection):
 
     def plan(self, spec: LaunchSpec, job: Job, *, python: str) -> PlannedStart:
         """Say what is started for a job; commands of one process start on this machine."""
-        variables, folder = rank_variables(spec), Path(spec.folder)
+        variables, folder = rank_variables(spec, world_size=job.world_size), Path(spec.folder)
         world_size = job.nodes * job.ranks_per_node
         if not job.is_ranked or world_size == 1:
             argv: tuple[str, ...] = (python, "-m", "tsmoe", *job.command)

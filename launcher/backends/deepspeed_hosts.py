@@ -39,7 +39,7 @@ class DeepSpeedConfig(LaunchSection):
 
     def plan(self, spec: LaunchSpec, job: Job, *, python: str) -> PlannedStart:
         """Say what is started for a job; commands of one process start on this machine."""
-        variables = rank_variables(spec)
+        variables = rank_variables(spec, world_size=job.world_size)
         folder = Path(spec.folder)
         if not job.is_ranked:
             argv: tuple[str, ...] = (python, "-m", "tsmoe", *job.command)

@@ -41,6 +41,6 @@ class LocalConfig(LaunchSection):
         return PlannedStart(
             job=job,
             argv=(*start, *job.command),
-            environment=rank_variables(spec),
+            environment=rank_variables(spec, world_size=job.world_size),
             folder=Path(spec.folder),
         )

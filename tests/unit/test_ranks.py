@@ -1,6 +1,14 @@
+import pytest
 import torch
 
-from tsmoe.ranks import CommunicationMeter, CommunicationRecord, ExchangeLabel, Ranks
+from tsmoe.errors import ConfigError
+from tsmoe.ranks import (
+    CommunicationMeter,
+    CommunicationRecord,
+    ExchangeLabel,
+    Ranks,
+    launched_world_size,
+)
 
 OUT = ExchangeLabel(3, "to_experts")
 
@@ -32,3 +40,15 @@ def test_one_process_sends_nothing() -> None:
     meter = CommunicationMeter()
     assert Ranks(meter=meter).sum(torch.ones(3)).tolist() == [1, 1, 1]
     assert meter.take() == []
+
+
+def test_fewer_ranks_than_planned_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSMOE_RANKS", "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launched_world_size() == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"4 ranks were to train together, .* groups of 2"):
+        launched_world_size()
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(ConfigError, match="groups of 1"):
+        launched_world_size()

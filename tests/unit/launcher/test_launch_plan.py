@@ -73,12 +73,14 @@ def test_ranks_of_this_machine_start_under_torchrun() -> None:
     assert start.argv[start.argv.index("--nproc_per_node") + 1] == "2"
     assert start.argv[-4:] == ("tsmoe", *TRAIN)
     assert start.environment["OMP_NUM_THREADS"] == "3"
+    assert start.environment["TSMOE_RANKS"] == "2"
 
 
 def test_command_that_runs_once_gets_one_process_whatever_the_machines() -> None:
     spec = spec_of(ranks_per_node=8)
     (start,) = starts_of(spec, ("evaluate", "package", "--data", "x.csv"))
     assert start.argv[:4] == ("/bin/py", "-m", "tsmoe", "evaluate")
+    assert "TSMOE_RANKS" not in start.environment
     assert start.job.run is None
 
 

@@ -30,7 +30,8 @@ SECOND_OF_TWO = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "GLOO_SOCKET_IFNAME":
 
 def test_node_becomes_deepspeeds_launcher_with_the_devices_that_slurm_gave() -> None:
     environment = SECOND_OF_TWO | {"CUDA_VISIBLE_DEVICES": "3,5"}
-    command, _ = rank_command(arguments("n1,n2"), environment, python="py")
+    command, variables = rank_command(arguments("n1,n2"), environment, python="py")
+    assert variables["TSMOE_RANKS"] == "4"
     named = dict(
         word.removeprefix("--").split("=", 1)
         for word in command
