@@ -230,7 +230,7 @@ def test_every_option_of_the_back_end_reaches_the_script() -> None:
 
 def test_text_of_a_plan_can_be_typed() -> None:
     text = as_text(starts_of(spec_of(ranks_per_node=2, environment={"A": "b c"})))
-    assert "A='b c' /bin/py -m torch.distributed.run" in text
+    assert "A='b c' TSMOE_RANKS=2 /bin/py -m torch.distributed.run" in text
     assert text.endswith("'run=runs/a b'")
 
 
