@@ -11,6 +11,7 @@ none. Batch scripts call this module before and after the ranks; `tsmoe launch` 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from typing import Any, Literal
 from launcher.errors import LaunchError
 from launcher.section import LaunchSection
 
-DONE, REQUEUE = "DONE", "REQUEUE"
+DONE, REQUEUE, LOCK = "DONE", "REQUEUE", ".lock"
 STOP_NOTE = "STOP"
 """A file of this name in a run folder asks the run to save and end, and not to be started again;
 one that holds `requeue` asks for the end alone."""
@@ -110,12 +111,16 @@ def begin(run: Path, *, job: str | None, restart: int, limits: RestartConfig) ->
         limits: on starting again.
 
     Raises:
-        LaunchError: if too many starts brought nothing.
+        LaunchError: if too many starts brought nothing, or the run goes on already.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LaunchError(f"{run}: the run folder cannot be made ({error.strerror})") from error
+    if not restart and _is_held(run):
+        raise LaunchError(
+            f"{run}: a process is training there; wait for it, or stop it: touch {run}/{STOP_NOTE}"
+        )
     current = run / CURRENT
     if current.exists() and restart:
         _close(run, exit_code=None, nodes=[], limits=limits)
@@ -260,6 +265,16 @@ def _markers(run: Path) -> dict[str, int]:
         except FileNotFoundError:
             continue
     return found
+
+
+def _is_held(run: Path) -> bool:
+    """Whether a rank holds the run folder; of a restart one that lingers may, for a while."""
+    with (run / LOCK).open("a", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _is_final(note: Path) -> bool:

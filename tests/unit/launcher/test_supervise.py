@@ -1,5 +1,6 @@
 """What follows when a start of a run ended."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -164,3 +165,14 @@ def test_note_ends_a_run_for_good_unless_it_says_requeue(
     assert end(tmp_path, exit_code=0, limits=LIMITS).decision == decision
     begin(tmp_path, job="7", restart=1, limits=LIMITS)
     assert not (tmp_path / STOP_NOTE).exists()
+
+
+def test_run_that_goes_on_already_is_not_launched_again(tmp_path: Path) -> None:
+    begin(tmp_path, job="7", restart=0, limits=LIMITS)
+    with (tmp_path / ".lock").open("w") as rank:
+        fcntl.flock(rank, fcntl.LOCK_EX)
+        with pytest.raises(LaunchError, match=r"a process is training there.*STOP"):
+            begin(tmp_path, job="8", restart=0, limits=LIMITS)
+        assert json.loads((tmp_path / CURRENT).read_text())["job"] == "7"
+        begin(tmp_path, job="7", restart=1, limits=LIMITS)  # what lingers of the start before
+    begin(tmp_path, job="8", restart=0, limits=LIMITS)
