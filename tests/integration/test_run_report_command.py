@@ -79,6 +79,7 @@ def test_pictures_of_the_loads_are_in_tensorboard(run) -> None:
     board.Reload()
     assert set(board.Tags()["images"]) == {
         "experts/load_by_layer",
+        "forecasts/held_out",
         "experts/load_over_time/layer_00",
         "experts/load_over_time/layer_01",
     }

@@ -85,7 +85,11 @@ def test_a_stop_reaches_the_ranks_and_waits_for_them(
     program(programs, "deepspeed", LAUNCHER.format(python=sys.executable))
     rank = program(tmp_path, "rank.py", RANK)
     words = ["deepspeed", str(tmp_path), str(rank), *codes]
-    entry = subprocess.Popen([DOCKER / "container-entry", *words])
+    entry = subprocess.Popen(
+        [DOCKER / "container-entry", *words],
+        # A shell cannot trap what was ignored when it began, as SIGINT is in background jobs.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         wait_for(tmp_path / "rank_started")
         entry.send_signal(number)
