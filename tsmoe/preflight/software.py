@@ -6,7 +6,6 @@ import hashlib
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -68,10 +67,8 @@ def source_hash(packages: list[Path]) -> str:
 
 
 def _folder(package: str) -> Path:
-    found = find_spec(package)
-    assert found is not None, "installed together"
-    assert found.origin is not None, "it has an __init__.py"
-    return Path(found.origin).parent
+    # Beside one another: a look-up by name may find another folder of that name on the path.
+    return Path(tsmoe.__file__).parents[1] / package
 
 
 def _version(package: str) -> str | None:
