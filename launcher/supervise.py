@@ -111,7 +111,8 @@ def begin(run: Path, *, job: str | None, restart: int, limits: RestartConfig) ->
         limits: on starting again.
 
     Raises:
-        LaunchError: if too many starts brought nothing, or the run goes on already.
+        LaunchError: if too many starts brought nothing, the run goes on already, or somebody has
+            asked for its end since the start before.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -126,6 +127,10 @@ def begin(run: Path, *, job: str | None, restart: int, limits: RestartConfig) ->
         _close(run, exit_code=None, nodes=[], limits=limits)
     if restart and (reason := _spent(read_history(run), limits, restart)):
         raise LaunchError(f"{run}: not started again: {reason}")
+    if restart and _is_final(run / STOP_NOTE):
+        raise LaunchError(
+            f"{run}: not started again: the note {STOP_NOTE} is there; `tsmoe launch` goes on"
+        )
     (run / STOP_NOTE).unlink(missing_ok=True)
     started = {
         "job": job,
@@ -213,8 +218,8 @@ def _close(
         limits=limits,
         restart=started["restart"],
     )
-    if outcome == "stopped" and _is_final(run / STOP_NOTE):
-        decision, reason = "none", f"stopped at step {step} by the note {STOP_NOTE}"
+    if outcome != "done" and _is_final(run / STOP_NOTE):
+        decision, reason = "none", f"{outcome} at step {step}, and the note {STOP_NOTE} is there"
     record = StartRecord(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         job=started["job"],

@@ -163,8 +163,20 @@ def test_note_ends_a_run_for_good_unless_it_says_requeue(
     (tmp_path / "REQUEUE").write_text("4")
     (tmp_path / STOP_NOTE).write_text(text)
     assert end(tmp_path, exit_code=0, limits=LIMITS).decision == decision
-    begin(tmp_path, job="7", restart=1, limits=LIMITS)
+    begin(tmp_path, job="7", restart=0 if decision == "none" else 1, limits=LIMITS)
     assert not (tmp_path / STOP_NOTE).exists()
+
+
+def test_note_ends_a_run_that_waits_in_the_queue_or_crashes(tmp_path: Path) -> None:
+    assert start(tmp_path, restart=0, code=1, step=4).decision == "restart"
+    (tmp_path / STOP_NOTE).touch()
+    with pytest.raises(LaunchError, match="the note STOP is there"):
+        begin(tmp_path, job="7", restart=1, limits=LIMITS)
+    begin(tmp_path, job="8", restart=0, limits=LIMITS)  # launched again by hand
+    save(tmp_path, 5)
+    (tmp_path / STOP_NOTE).touch()
+    record = end(tmp_path, exit_code=1, limits=LIMITS)
+    assert (record.outcome, record.decision) == ("crashed", "none")
 
 
 def test_run_that_goes_on_already_is_not_launched_again(tmp_path: Path) -> None:
