@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import TYPE_CHECKING, Literal
 
 from launcher.backends.hosts import check_hosts
 from launcher.environment import rank_variables
+from launcher.errors import LaunchError
 from launcher.plan import Job, PlannedStart
 from launcher.section import LaunchSection
 
 if TYPE_CHECKING:
     from launcher.spec import LaunchSpec
+
+# What DeepSpeed does not quote.
+_PLAIN = re.compile(r"[\w@%+=:,./-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +61,15 @@ class DeepSpeedConfig(LaunchSection):
         lines = [f"{host} slots={job.ranks_per_node}" for host in self.hosts[: job.nodes]]
         files = {
             hostfile: "".join(f"{line}\n" for line in lines),
-            # DeepSpeed hands no other variables on; it writes them into a shell command.
-            exported: "".join(f"{k}={shlex.quote(v)}\n" for k, v in variables.items()),
+            # DeepSpeed hands no other variables on.
+            exported: "".join(f"{k}={self._for_shell(k, v)}\n" for k, v in variables.items()),
         }
         argv = (
             self.program, "--hostfile", str(hostfile), "--launcher", self.ssh_launcher,
             "--master_addr", self.hosts[0], "--master_port", str(self.master_port),
             *self.options,
             "--module", "tsmoe",
-            # pdsh joins the words to a command of a shell on the other machines.
-            *(map(shlex.quote, job.command) if self.ssh_launcher == "pdsh" else job.command),
+            *(map(self._word, job.command) if self.ssh_launcher == "pdsh" else job.command),
         )  # fmt: skip
         return PlannedStart(
             job=job,
@@ -74,3 +78,26 @@ class DeepSpeedConfig(LaunchSection):
             files=files,
             folder=folder,
         )
+
+    @staticmethod
+    def _word(word: str) -> str:
+        """Quote a word for pdsh, which joins all to a command of a shell on the other machines."""
+        # DeepSpeed puts what has a space into double quotes, and spares those in it.
+        return _in_double_quotes(word) if " " in word else shlex.quote(word)
+
+    def _for_shell(self, name: str, value: str) -> str:
+        """Write a variable as DeepSpeed wants it, which hands it to a shell for pdsh alone."""
+        if "\n" in value or value != value.strip():
+            raise LaunchError(
+                f"environment.{name} is {value!r}; DeepSpeed hands no line breaks on, and no "
+                "spaces at an end"
+            )
+        if self.ssh_launcher != "pdsh" or _PLAIN.fullmatch(value):
+            return value
+        # DeepSpeed puts it into double quotes.
+        return _in_double_quotes(value).replace('"', '\\"')
+
+
+def _in_double_quotes(text: str) -> str:
+    """Escape what a shell would fill in between double quotes, but for these themselves."""
+    return re.sub(r"[\\$`]", r"\\\g<0>", text)
