@@ -47,7 +47,7 @@ class AccelerateConfig(LaunchSection):
                     variables,
                     self._launch(job, python, machine=number, address=self.hosts[0]),
                 )
-                for number, host in enumerate(self.hosts)
+                for number, host in enumerate(self.hosts[: job.nodes])
             ]
             argv = (python, "-m", "launcher.together", *commands)
         return PlannedStart(job=job, argv=argv, environment=variables, folder=folder)

@@ -65,7 +65,9 @@ class DeepSpeedConfig(LaunchSection):
             exported: "".join(f"{k}={self._for_shell(k, v)}\n" for k, v in variables.items()),
         }
         argv = (
-            self.program, "--hostfile", str(hostfile), "--launcher", self.ssh_launcher,
+            # A single machine, too, is the one that is named, not this one.
+            self.program, "--force_multi",
+            "--hostfile", str(hostfile), "--launcher", self.ssh_launcher,
             "--master_addr", self.hosts[0], "--master_port", str(self.master_port),
             *self.options,
             "--module", "tsmoe",

@@ -112,6 +112,23 @@ def test_accelerate_starts_one_command_on_each_host() -> None:
         assert words[-1] == "run=runs/a b"
 
 
+@pytest.mark.parametrize("backend", ["accelerate", "deepspeed"])
+def test_stage_on_fewer_hosts_starts_on_the_first_alone(backend: str) -> None:
+    spec = spec_of(
+        backend={"type": backend, "hosts": ["a", "b"]},
+        nodes=2,
+        ranks_per_node=4,
+        stages=[{"name": "tune", "nodes": 1, "command": list(TRAIN)}],
+    )
+    (start,) = starts_of(spec, ())
+    if backend == "accelerate":
+        (text,) = start.argv[start.argv.index("launcher.together") + 1 :]
+        assert shlex.split(text)[3] == "a"
+    else:
+        assert "a slots=4\n" in start.files.values()
+        assert "--force_multi" in start.argv  # DeepSpeed would start one host's ranks here
+
+
 def test_stages_stand_in_order_and_name_what_they_wait_for() -> None:
     spec = spec_of(
         name="uts",
