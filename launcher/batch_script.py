@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def batch_script(spec: LaunchSpec, slurm: SlurmConfig, job: Job, *, python: str) -> str:
     """Write the script of one job."""
+    python = shlex.quote(python)
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(spec, slurm, job))]
     lines += ["# Written by `tsmoe launch`; runs from the top after each requeue."]
     lines += [

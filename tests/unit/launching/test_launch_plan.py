@@ -182,6 +182,13 @@ def test_slurm_script_hands_words_on_unchanged() -> None:
     assert tuple(shlex.split(line)[-5:]) == command
 
 
+def test_interpreter_may_have_a_space_in_its_path() -> None:
+    for command in (TRAIN, ("evaluate", "p")):
+        spec = spec_of(backend={"type": "slurm"}, python="/my env/py")
+        (text,) = starts_of(spec, command)[0].files.values()
+        assert "/my env/py" not in text.replace("'/my env/py' -m", "")
+
+
 def test_rank_starts_get_a_share_of_the_cores() -> None:
     text = script_of(starts="rank", binds_cores=True)
     assert "--ntasks-per-node=4" in text
