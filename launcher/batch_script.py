@@ -39,8 +39,9 @@ def batch_script(spec: LaunchSpec, slurm: SlurmConfig, job: Job, *, python: str)
     else:
         command = [*map(shlex.quote, job.command), *_task_of_array(job)]
         words = " ".join([_inside(spec, slurm), python, "-m", "tsmoe", *command]).strip()
-        container = _srun_options(spec, slurm)
-        lines.append(f"srun --nodes=1 --ntasks=1 {container}{words}")
+        # As below: without it srun gives the task one core, however many the job has.
+        task = '--nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE"'
+        lines.append(f"srun {task} {_srun_options(spec, slurm)}{words}")
     return "\n".join(lines) + "\n"
 
 

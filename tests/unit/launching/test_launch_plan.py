@@ -189,6 +189,12 @@ def test_interpreter_may_have_a_space_in_its_path() -> None:
         assert "/my env/py" not in text.replace("'/my env/py' -m", "")
 
 
+def test_command_that_runs_once_gets_all_cores_of_its_job() -> None:
+    text = script_of(("evaluate", "p", "--data", "x.csv"), cpus_per_node=32)
+    assert "#SBATCH --cpus-per-task=32" in text
+    assert 'srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" ' in text
+
+
 def test_rank_starts_get_a_share_of_the_cores() -> None:
     text = script_of(starts="rank", binds_cores=True)
     assert "--ntasks-per-node=4" in text
