@@ -69,8 +69,8 @@ def _options(spec: LaunchSpec, slurm: SlurmConfig, job: Job) -> list[str]:
         options.append(f"--array=1-{job.array}")
     if not job.is_ranked:
         return [*options, "--nodes=1", "--ntasks=1", "--requeue", *slurm.options]
-    least = slurm.least_nodes
-    nodes = str(job.nodes) if least in (None, job.nodes) else f"{least}-{job.nodes}"
+    least = min(slurm.least_nodes or job.nodes, job.nodes)
+    nodes = str(job.nodes) if least == job.nodes else f"{least}-{job.nodes}"
     options += [f"--nodes={nodes}", f"--ntasks-per-node={_tasks_per_node(slurm, job)}"]
     if slurm.gpus_per_node is not None:
         options.append(f"--gpus-per-node={slurm.gpus_per_node}")

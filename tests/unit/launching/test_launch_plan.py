@@ -195,6 +195,16 @@ def test_command_that_runs_once_gets_all_cores_of_its_job() -> None:
     assert 'srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" ' in text
 
 
+def test_stage_on_fewer_nodes_than_the_least_asks_for_its_own() -> None:
+    spec = spec_of(
+        nodes=4,
+        backend={"type": "slurm", "least_nodes": 2},
+        stages=[{"name": "tune", "nodes": 1, "command": list(TRAIN)}],
+    )
+    (text,) = starts_of(spec, ())[0].files.values()
+    assert "#SBATCH --nodes=1\n" in text
+
+
 def test_rank_starts_get_a_share_of_the_cores() -> None:
     text = script_of(starts="rank", binds_cores=True)
     assert "--ntasks-per-node=4" in text
