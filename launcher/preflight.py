@@ -36,7 +36,9 @@ def as_check(spec: LaunchSpec, command: Sequence[str]) -> tuple[LaunchSpec, tupl
         )
     checked = replace(spec, name=f"{spec.name}-check")
     if isinstance(spec.backend, SlurmConfig):
-        checked = replace(checked, backend=replace(spec.backend, time_limit=_CHECK_TIME_LIMIT))
+        # Nothing is saved, so no time is needed for that.
+        backend = replace(spec.backend, time_limit=_CHECK_TIME_LIMIT, stop_seconds_before=1)
+        checked = replace(checked, backend=backend)
     return checked, ("preflight", *command[1:])
 
 

@@ -11,6 +11,7 @@ from launcher.backends import SlurmConfig
 from launcher.backends.slurm import job_number, limit_seconds
 from launcher.errors import LaunchError
 from launcher.plan import PlannedStart, as_text, jobs_of, plan
+from launcher.preflight import as_check
 from launcher.spec import LaunchSpec
 from tsmoe.config import decode
 from tsmoe.errors import ConfigError
@@ -203,6 +204,13 @@ def test_stage_on_fewer_nodes_than_the_least_asks_for_its_own() -> None:
     )
     (text,) = starts_of(spec, ())[0].files.values()
     assert "#SBATCH --nodes=1\n" in text
+
+
+def test_check_of_a_run_that_needs_long_to_save_fits_its_short_job() -> None:
+    spec = spec_of(backend={"type": "slurm", "time_limit": "24:00:00", "stop_seconds_before": 1200})
+    checked, command = as_check(spec, TRAIN)
+    (text,) = starts_of(checked, command)[0].files.values()
+    assert "#SBATCH --time=15\n" in text
 
 
 def test_rank_starts_get_a_share_of_the_cores() -> None:
