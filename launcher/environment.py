@@ -19,6 +19,9 @@ _PORTS_TRIED = 64
 WORLD_SIZE_VARIABLE = "TSMOE_RANKS"
 """Ranks that were planned: some launchers start each machine's, or each process, alone."""
 
+EXIT_CODE_VARIABLE = "TSMOE_EXIT_CODE_FILE"
+"""A file where the first rank that fails leaves its exit code: torchrun makes 1 of all of them."""
+
 
 def rank_variables(spec: LaunchSpec, *, world_size: int | None) -> dict[str, str]:
     """Return what all ranks find set.

@@ -6,15 +6,17 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from launcher.backends import slurm
+from launcher.environment import EXIT_CODE_VARIABLE
 from launcher.errors import LaunchError
 from launcher.node import block_signals
 from launcher.plan import PlannedStart
@@ -104,6 +106,17 @@ def _once(start: PlannedStart, ask: Callable[[int], None]) -> _Ended:
         ask: asks the process group to end; called at the first signal. At the second all processes
             are killed.
     """
+    with tempfile.TemporaryDirectory(prefix="tsmoe-") as folder:
+        told = Path(folder) / "exit_code"
+        ended = _wait_for(start, ask, {EXIT_CODE_VARIABLE: str(told)})
+        if ended.code and told.exists():
+            return replace(ended, code=int(told.read_text(encoding="utf-8")))
+        return ended
+
+
+def _wait_for(
+    start: PlannedStart, ask: Callable[[int], None], variables: Mapping[str, str]
+) -> _Ended:
     asked = 0
     former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     if start.job.run is not None:
@@ -111,7 +124,7 @@ def _once(start: PlannedStart, ask: Callable[[int], None]) -> _Ended:
     try:
         process = psutil.Popen(
             start.argv,
-            env=os.environ | dict(start.environment),
+            env={**os.environ, **start.environment, **variables},
             cwd=start.folder,
             start_new_session=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -39,6 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not getattr(args, "stops_on_request", False):
         # A launcher may have blocked them for commands that save before they end.
         unblock_stop_signals()
+    code = _run(args)
+    if code:
+        _tell_launcher(code)
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the sub-command; expected errors become one line and an exit code."""
     try:
         return args.run(args)
     except TsmoeError as error:
@@ -89,6 +98,15 @@ def _set_up_logging() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+
+
+def _tell_launcher(code: int) -> None:
+    """Leave an exit code where `tsmoe launch` looks for it: what is between may give another."""
+    path = os.environ.get("TSMOE_EXIT_CODE_FILE")
+    if path is not None:
+        # The first rank that fails says why; others fail as it is gone.
+        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
+            file.write(str(code))
 
 
 def _launcher_arguments_last(arguments: list[str]) -> list[str]:
