@@ -31,8 +31,9 @@ STOP_NOTE = "STOP"
 one that holds `requeue` asks for the end alone."""
 HISTORY, CURRENT = "restarts.jsonl", ".start.json"
 START_AGAIN = 75
-# A wrong setting, bad data: at the first start the same words would meet the same end. Later they
-# were right once, and what stands in the way may pass, such as ranks of a lost node that linger.
+# A wrong setting, bad data: at the first start the same words would meet the same end. Once there
+# was progress they were right, and what stands in the way may pass, such as ranks of a lost node
+# that linger, or a store that does not answer.
 _MISTAKES = (2, 3)
 
 
@@ -178,7 +179,7 @@ def decide(
     """
     if outcome == "done":
         return "none", f"done at step {step}"
-    if outcome == "crashed" and exit_code in _MISTAKES and restart == 0:
+    if outcome == "crashed" and exit_code in _MISTAKES and restart == 0 and step <= step_before:
         return "give_up", f"exit code {exit_code}: a mistake that the same command would repeat"
     if restart >= limits.most:
         return "give_up", f"started again {restart} times already (restarts.most)"

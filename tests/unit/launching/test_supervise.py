@@ -98,6 +98,11 @@ def test_mistake_is_not_repeated_at_the_first_start_alone(tmp_path: Path) -> Non
     assert start(tmp_path, restart=1, code=2).decision == "restart"
 
 
+def test_bad_data_after_progress_is_tried_again(tmp_path: Path) -> None:
+    # Such as a worker that waited for its store in vain, hours after the first start.
+    assert start(tmp_path, restart=0, code=3, step=20).decision == "restart"
+
+
 def test_restarts_in_all_have_a_limit(tmp_path: Path) -> None:
     for number in range(10):
         assert start(tmp_path, restart=number, code=1, step=number + 1).decision == "restart"
