@@ -188,13 +188,14 @@ def _health(
     silence = now - max(signs.values(), default=0.0)
     before_start = started - _COPY_SECONDS
     is_starting = now - started < START_SECONDS and signs.get(METRICS_FILE, 0.0) < before_start
-    # A marker of an earlier start stays until the next one has opened its data.
+    end = ends[-1] if ends and ends[-1].time.timestamp() >= started else None
+    # A marker of an earlier start stays until the next one has opened its data, if it ever does.
+    is_overtaken = is_starting or (end is not None and end.outcome == "crashed")
     for name, health in ((DONE_MARKER, Health.DONE), (REQUEUE_MARKER, Health.STOPPED)):
         written = _changed(run / name)
-        if written is not None and not (is_starting and written < before_start):
+        if written is not None and not (is_overtaken and written < before_start):
             return health, "" if health is Health.DONE else "goes on when started again"
-    if ends and ends[-1].time.timestamp() >= started:
-        end = ends[-1]
+    if end is not None:
         if end.decision == "restart":
             return Health.STOPPED, f"waits to be started again: {end.reason}"
         if end.outcome == "crashed":

@@ -133,6 +133,17 @@ def test_end_that_the_launcher_wrote_tells_what_follows(
     assert look_at(run, now=NOW).health is Health.RUNNING
 
 
+@pytest.mark.parametrize("ago", [60.0, 3600.0])
+def test_marker_of_an_earlier_start_does_not_hide_that_the_newest_failed(
+    make_run: MakeRun, ago: float
+) -> None:
+    run = make_run(silent=9000.0, started=ago + 20)
+    (run / "REQUEUE").write_text("30")
+    set_age(run / "REQUEUE", 8990)
+    write_ends(run, {"time": iso(ago), "decision": "give_up", "reason": "exit code 3"})
+    assert look_at(run, now=NOW).health is Health.FAILED
+
+
 def test_run_before_its_first_step(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(lines=[], silent=30, started=40)
     status = look_at(run, now=NOW)
