@@ -56,7 +56,16 @@ BANS = (
 
 # The parts of tsmoe, lowest layer first: a part imports from its own layer and those before it.
 LAYERS = (
-    ("errors", "config", "batch", "host_memory", "launcher_watch", "ranks", "run_folder"),
+    (
+        "errors",
+        "exit_code",
+        "config",
+        "batch",
+        "host_memory",
+        "launcher_watch",
+        "ranks",
+        "run_folder",
+    ),
     ("nn",),
     ("moe",),
     ("heads", "models", "losses"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import logging
 import os
@@ -11,6 +10,7 @@ import sys
 
 from tsmoe import __version__
 from tsmoe.errors import ConfigError, TsmoeError
+from tsmoe.exit_code import leave_exit_code
 from tsmoe.train.signals import unblock_stop_signals
 
 _COMMANDS = (
@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A launcher may have blocked them for commands that save before they end.
         unblock_stop_signals()
     code = _run(args)
-    if code:
-        _tell_launcher(code)
+    leave_exit_code(code)
     return code
 
 
@@ -98,15 +97,6 @@ def _set_up_logging() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-
-
-def _tell_launcher(code: int) -> None:
-    """Leave an exit code where `tsmoe launch` looks for it: what is between may give another."""
-    path = os.environ.get("TSMOE_EXIT_CODE_FILE")
-    if path is not None:
-        # The first rank that fails says why; others fail as it is gone.
-        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
-            file.write(str(code))
 
 
 def _launcher_arguments_last(arguments: list[str]) -> list[str]:

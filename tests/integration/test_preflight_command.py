@@ -61,6 +61,7 @@ def start_rank(rank: int, port: int, *arguments: str, **options: Any) -> subproc
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(options.pop("code", REPOSITORY)),
+        "TSMOE_EXIT_CODE_FILE": str(options.pop("told", os.devnull)),
     }
     return subprocess.Popen(
         [sys.executable, "-m", "tsmoe", "preflight", *arguments],
@@ -138,9 +139,11 @@ def test_other_code_folder_and_settings_of_one_node_are_found(config_file, tmp_p
         folder = tmp_path / f"disk{rank}"
         folder.mkdir()
         options: dict[str, Any] = {"cwd": folder} | ({"code": code} if rank else {})
+        options["told"] = tmp_path / "exit_code"
         processes.append(start_rank(rank, port, *settings, **options))
     (first, output, errors), (second, other_output, _) = map(ended, processes)
     assert (first, second) == (3, 3), errors
+    assert (tmp_path / "exit_code").read_text() == "3"  # launchers in between make 1 of it
     assert other_output == ""
     results = json.loads(out.read_text())
     (software,) = rows_of(results, "software")

@@ -21,6 +21,7 @@ from typing import Any
 from tsmoe.config import encode
 from tsmoe.engine.deepspeed_config import DeepSpeedEngineConfig
 from tsmoe.errors import ConfigError
+from tsmoe.exit_code import leave_exit_code
 from tsmoe.preflight import (
     clock,
     compute,
@@ -125,6 +126,7 @@ def run_preflight(
         if report.is_stuck or (report.exit_code and meeting.size > 1):
             # A thread may wait for a lost rank, and leaving a broken group may hang.
             logging.shutdown()
+            leave_exit_code(report.exit_code)
             os._exit(report.exit_code)
         stop()
         return report.exit_code
