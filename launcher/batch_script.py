@@ -192,7 +192,8 @@ def _inside(spec: LaunchSpec, slurm: SlurmConfig) -> str:
     """Words that start the container."""
     if slurm.container is None:
         return ""
-    return " ".join(_quoted(slurm.container.words(spec.folder)))
+    variables = list(rank_variables(spec, world_size=None))
+    return " ".join(_quoted(slurm.container.words(spec.folder, variables)))
 
 
 def _task_of_array(job: Job) -> list[str]:

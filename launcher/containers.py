@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,9 +35,9 @@ class PyxisContainer(LaunchSection):
             "--no-container-mount-home",
         ]
 
-    def words(self, folder: str) -> list[str]:
+    def words(self, folder: str, variables: Sequence[str]) -> list[str]:
         """Return nothing: srun starts the container."""
-        del folder
+        del folder, variables
         return []
 
 
@@ -56,8 +57,9 @@ class ApptainerContainer(LaunchSection):
         del folder
         return []
 
-    def words(self, folder: str) -> list[str]:
-        """Return the words before the command."""
+    def words(self, folder: str, variables: Sequence[str]) -> list[str]:
+        """Return the words before the command; variables are seen in it by themselves."""
+        del variables
         binds = [
             word for mount in (f"{folder}:{folder}", *self.mounts) for word in ("--bind", mount)
         ]
@@ -74,7 +76,7 @@ class DockerContainer(LaunchSection):
     mounts: tuple[str, ...] = ()
     program: Literal["docker", "podman"] = "docker"
     handed_in: tuple[str, ...] = _JOB_VARIABLES
-    """Variables of the machine that the container sees too."""
+    """Variables of the machine that the container sees too, beside those of `environment`."""
     shows_gpus: bool = True
     """Give the container the machine's NVIDIA devices (--gpus all)."""
 
@@ -83,11 +85,12 @@ class DockerContainer(LaunchSection):
         del folder
         return []
 
-    def words(self, folder: str) -> list[str]:
-        """Return the words before the command; variables of the job are handed in by name."""
+    def words(self, folder: str, variables: Sequence[str]) -> list[str]:
+        """Return the words before the command; variables are handed in by name."""
         mounts = [word for m in (f"{folder}:{folder}", *self.mounts) for word in ("--volume", m)]
         gpus = ["--gpus", "all"] if self.shows_gpus else []
-        handed_in = [word for name in self.handed_in for word in ("--env", name)]
+        names = dict.fromkeys((*self.handed_in, *variables))
+        handed_in = [word for name in names for word in ("--env", name)]
         return [
             self.program, "run", "--rm", "--network", "host", "--ipc", "host", "--init", *gpus,
             "--user", "$(id -u):$(id -g)", "--workdir", folder, *mounts, *handed_in,

@@ -250,6 +250,15 @@ def test_containers_start_as_their_program_wants(
     assert "/bin/py" not in text  # the interpreter is that of the container
 
 
+def test_variables_of_the_launch_file_reach_the_ranks_in_a_docker_container() -> None:
+    backend = {"type": "slurm", "container": {"type": "docker", "image": "tsmoe:1"}}
+    (text,) = starts_of(spec_of(environment={"A": "b c"}, backend=backend))[0].files.values()
+    (line,) = [line for line in text.splitlines() if "launcher.node" in line]
+    assert "export A='b c'" in text
+    assert "--env A " in line
+    assert line.count("--env DS_ACCELERATOR ") == 1
+
+
 def test_check_has_no_run_and_is_not_requeued() -> None:
     text = script_of(("preflight", "time_tracker_tiny"))
     assert "--no-requeue" in text
