@@ -124,8 +124,8 @@ def begin(run: Path, *, job: str | None, restart: int, limits: RestartConfig) ->
             f"{run}: a process is training there; wait for it, or stop it: touch {run}/{STOP_NOTE}"
         )
     current = run / CURRENT
-    if current.exists() and restart:
-        _close(run, exit_code=None, nodes=[], limits=limits)
+    if current.exists():
+        _close(run, exit_code=None, nodes=[], limits=limits, is_taken_over=not restart)
     if restart and (reason := _spent(read_history(run), limits, restart)):
         raise LaunchError(f"{run}: not started again: {reason}")
     if restart and _is_final(run / STOP_NOTE):
@@ -196,8 +196,14 @@ def decide(
 
 
 def _close(
-    run: Path, *, exit_code: int | None, nodes: list[str], limits: RestartConfig
+    run: Path,
+    *,
+    exit_code: int | None,
+    nodes: list[str],
+    limits: RestartConfig,
+    is_taken_over: bool = False,
 ) -> StartRecord:
+    """Write down how the start at hand ended; one that is taken over is followed by a launch."""
     current = run / CURRENT
     try:
         started: dict[str, Any] = json.loads(current.read_text(encoding="utf-8"))
@@ -221,6 +227,8 @@ def _close(
     )
     if outcome != "done" and _is_final(run / STOP_NOTE):
         decision, reason = "none", f"{outcome} at step {step}, and the note {STOP_NOTE} is there"
+    if is_taken_over:
+        decision, reason = "none", f"{outcome} at step {step}, and launched again by hand"
     record = StartRecord(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         job=started["job"],

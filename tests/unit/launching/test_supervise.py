@@ -120,6 +120,16 @@ def test_start_that_nobody_ended_is_recorded_by_the_next(tmp_path: Path) -> None
     assert "lost" in lost.reason
 
 
+def test_start_that_nobody_ended_is_recorded_by_a_launch_by_hand(tmp_path: Path) -> None:
+    begin(tmp_path, job="7", restart=0, limits=LIMITS)
+    save(tmp_path, 8)
+    begin(tmp_path, job="8", restart=0, limits=LIMITS)
+    (lost,) = read_history(tmp_path)
+    assert (lost.job, lost.outcome, lost.decision, lost.step) == ("7", "crashed", "none", 8)
+    assert "by hand" in lost.reason
+    assert json.loads((tmp_path / CURRENT).read_text())["job"] == "8"
+
+
 def test_job_that_the_queue_starts_in_vain_again_and_again_is_refused(tmp_path: Path) -> None:
     for number in range(3):
         begin(tmp_path, job="7", restart=number, limits=LIMITS)
