@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import pytest
 from launcher.errors import LaunchError
 from launcher.supervise import (
     CURRENT,
+    DONE,
     HISTORY,
+    LOCK,
+    REQUEUE,
     START_AGAIN,
     STOP_NOTE,
     RestartConfig,
@@ -20,6 +24,8 @@ from launcher.supervise import (
     newest_step,
     read_history,
 )
+from tsmoe import run_folder
+from tsmoe.run_folder import EndOfStart
 
 LIMITS = RestartConfig(most=10, most_without_progress=2)
 
@@ -128,6 +134,15 @@ def test_start_that_nobody_ended_is_recorded_by_a_launch_by_hand(tmp_path: Path)
     assert (lost.job, lost.outcome, lost.decision, lost.step) == ("7", "crashed", "none", 8)
     assert "by hand" in lost.reason
     assert json.loads((tmp_path / CURRENT).read_text())["job"] == "8"
+
+
+def test_names_in_a_run_folder_are_those_of_the_program() -> None:
+    # Neither may import the other.
+    assert (DONE, REQUEUE) == (run_folder.DONE_MARKER, run_folder.REQUEUE_MARKER)
+    assert (LOCK, HISTORY) == (run_folder.LOCK_FILE, run_folder.RESTARTS_FILE)
+    assert STOP_NOTE == run_folder.STOP_NOTE
+    ours, theirs = ([f.name for f in fields(kind)] for kind in (StartRecord, EndOfStart))
+    assert ours == theirs
 
 
 def test_job_that_the_queue_starts_in_vain_again_and_again_is_refused(tmp_path: Path) -> None:
