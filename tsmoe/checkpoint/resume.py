@@ -29,7 +29,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, CheckpointMeta] | None:
     candidates = step_folders(folder)[::-1]
     latest = folder / LATEST_FILE
     if latest.exists():
-        named = folder / latest.read_text(encoding="utf-8").strip()
+        named = folder / latest.read_text(encoding="utf-8", errors="replace").strip()
         if named in candidates:
             written = latest.stat().st_mtime_ns
             newer = [path for path in candidates if path > named and _written(path) > written]

@@ -86,6 +86,12 @@ def test_latest_that_names_nothing_is_warned_of(folder, caplog) -> None:
     assert "step_00000012, which is not there" in caplog.text
 
 
+def test_latest_that_is_rubbish_is_warned_of(folder, caplog) -> None:
+    (folder / "latest").write_bytes(b"step_0\xff\x00\x9c")
+    assert newest_checkpoint(folder)[0].name == "step_00000008"
+    assert "which is not there" in caplog.text
+
+
 def test_folder_without_checkpoints_has_no_newest(tmp_path) -> None:
     assert newest_checkpoint(tmp_path) is None
 
