@@ -145,6 +145,8 @@ def as_text(starts: Sequence[PlannedStart]) -> str:
         if start.job.after:
             words.append(f"# after {', '.join(start.job.after)}")
         if start.stdin is not None:
-            words.insert(len(start.environment) + len(start.argv), f"< {start.stdin}")
+            words.insert(
+                len(start.environment) + len(start.argv), f"< {shlex.quote(str(start.stdin))}"
+            )
         parts.append(" ".join(words))
     return "\n".join(parts)

@@ -287,6 +287,8 @@ def test_text_of_a_plan_can_be_typed() -> None:
     text = as_text(starts_of(spec_of(ranks_per_node=2, environment={"A": "b c"})))
     assert "A='b c' TSMOE_RANKS=2 /bin/py -m torch.distributed.run" in text
     assert text.endswith("'run=runs/a b'")
+    (queued,) = starts_of(spec_of(backend={"type": "slurm"}, folder="/my work"))
+    assert as_text([queued]).endswith("sbatch --parsable < '/my work/logs/tsmoe.sbatch'")
 
 
 @pytest.mark.parametrize(
