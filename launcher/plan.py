@@ -133,6 +133,12 @@ def plan(spec: LaunchSpec, jobs: Sequence[Job], *, python: str) -> list[PlannedS
     return [spec.backend.plan(spec, job, python=spec.python or python) for job in jobs]
 
 
+def most_and_fewest_nodes(spec: LaunchSpec, job: Job) -> tuple[int, ...]:
+    """Return the machines that a job may get: one number, or two where fewer will do."""
+    least = spec.backend.least_nodes if spec.backend.type == "slurm" else None
+    return tuple(dict.fromkeys((job.nodes, min(least or job.nodes, job.nodes))))
+
+
 def as_text(starts: Sequence[PlannedStart]) -> str:
     """Write a plan down as it would be typed, with the files that are written first."""
     parts = []

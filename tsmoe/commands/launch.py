@@ -59,7 +59,13 @@ def _launch(args: argparse.Namespace) -> int:
         with contextlib.chdir(folder):
             jobs = plan.jobs_of(spec, command, lambda words: _run_folder(words, args.parsers))
             for job in jobs:
-                _check_command(job.command, job.nodes * job.ranks_per_node, args.parsers)
+                for nodes in plan.most_and_fewest_nodes(spec, job):
+                    try:
+                        _check_command(job.command, nodes * job.ranks_per_node, args.parsers)
+                    except ConfigError as error:
+                        if nodes == job.nodes:
+                            raise
+                        raise ConfigError(f"backend.least_nodes is {nodes}: {error}") from error
         starts = plan.plan(spec, jobs, python=sys.executable)
         if args.dry_run:
             print(plan.as_text(starts))
