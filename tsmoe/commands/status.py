@@ -70,6 +70,8 @@ def _look(args: argparse.Namespace) -> tuple[list[RunStatus], list[str]]:
             statuses.append(look_at(Path(folder)))
         except DataError as error:
             problems.append(str(error))
+        except OSError as error:  # a run of somebody else that may not be read
+            problems.append(f"{folder}: cannot be looked at ({error})")
     if args.prometheus is not None:
         write_prometheus(Path(args.prometheus), statuses)
     return statuses, problems

@@ -261,6 +261,17 @@ def test_other_folder_exits_with_3_and_the_others_are_shown(
         look_at(tmp_path / "none")
 
 
+def test_run_that_may_not_be_read_does_not_hide_the_others(
+    make_run: MakeRun, tmp_path: Path, capsys
+) -> None:
+    run, closed = make_run(), tmp_path / "closed"
+    (closed / "metrics.jsonl").mkdir(parents=True)  # root may read whatever is a file
+    assert main(["status", str(closed), str(run)]) == 3
+    told = capsys.readouterr()
+    assert str(run) in told.out
+    assert f"{closed}: cannot be looked at ([Errno 21]" in told.err
+
+
 def test_watch_prints_until_all_runs_are_done(make_run: MakeRun, capsys, monkeypatch) -> None:
     run = make_run()
     naps = []
