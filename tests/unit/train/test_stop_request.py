@@ -75,7 +75,8 @@ def test_a_step_may_last_as_long_as_those_before_allow(monkeypatch) -> None:
         assert limits(stop) == (600, limit)
 
 
-def test_note_is_heard_unless_an_earlier_start_was_meant(tmp_path: Path) -> None:
+def test_note_is_heard_unless_an_earlier_start_was_meant(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("TSMOE_RANKS", raising=False)
     note = tmp_path / "STOP"
     with StopRequest(note=note) as stop:
         assert not stop.is_set
@@ -84,5 +85,16 @@ def test_note_is_heard_unless_an_earlier_start_was_meant(tmp_path: Path) -> None
     with StopRequest(note=note) as stop:
         assert not stop.is_set
     note.touch()
+    with StopRequest(note=note) as stop:
+        assert stop.is_set
+
+
+def test_note_that_came_while_tsmoe_launch_started_the_ranks_is_heard(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TSMOE_RANKS", "2")
+    note = tmp_path / "STOP"
+    note.touch()
+    os.utime(note, (1, 1))
     with StopRequest(note=note) as stop:
         assert stop.is_set
