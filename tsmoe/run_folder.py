@@ -55,6 +55,19 @@ def read_ends(run: Path) -> list[EndOfStart]:
     return ends
 
 
+def read_lost_shards(run: Path) -> list[dict[str, Any]]:
+    """Read which shards a run goes on without; most runs have none.
+
+    Each has its `file`, its `points`, the `step` from which on it is lost and the `reason`, as far
+    as they can be read.
+    """
+    try:
+        entries = json.loads((run / QUARANTINE_FILE).read_text(encoding="utf-8"))["shards"]
+        return [dict(entry) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def _end(values: dict[str, Any]) -> EndOfStart:
     time = datetime.fromisoformat(values["time"])
     return EndOfStart(

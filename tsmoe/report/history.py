@@ -27,6 +27,7 @@ from tsmoe.run_folder import (
     REQUEUE_MARKER,
     EndOfStart,
     read_ends,
+    read_lost_shards,
 )
 
 RESULT = "result.json"
@@ -119,6 +120,12 @@ class RunHistory:
     """Of the variates, once a fine-tuning run that mixes them is done."""
     ends: list[EndOfStart]
     """How its starts ended, where a launcher wrote it down."""
+    not_finite: list[dict[str, Any]]
+    """Steps whose windows were not learned from: `step`, `what` was not finite, the `action` that
+    was taken, `to` which step it rolled back if it did, and the `windows` (first and behind the
+    last) and `series` that it was."""
+    lost_shards: list[dict[str, Any]]
+    """Shards of the corpus that it goes on without, as `read_lost_shards` gives them."""
     checkpoints: list[KeptCheckpoint]
     num_unreadable: int
     """Lines that are not as a run writes them: cut short by a kill, being written, or altered."""
@@ -162,6 +169,8 @@ def read_run(path: Path) -> RunHistory:
         verdict=_verdict(path / RESULT),
         graph=read_graph(path / GRAPH),
         ends=read_ends(path),
+        not_finite=reader.not_finite,
+        lost_shards=read_lost_shards(path),
         checkpoints=kept_checkpoints(path / CHECKPOINTS_FOLDER),
         num_unreadable=reader.num_unreadable,
     )  # fmt: skip
@@ -217,6 +226,7 @@ class _Reader:
     sources: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     streams: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     starts: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    not_finite: list[dict[str, Any]] = field(default_factory=list)
     num_unreadable: int = 0
 
     def read(self, text: str) -> None:
@@ -226,6 +236,8 @@ class _Reader:
             validation = float(line.get("loss/validation", np.nan))
             if "loss/train" in line:
                 self._read_step(step, line)
+            if "not_finite" in line:
+                self.not_finite.append(_bad_step(line["not_finite"]))
         except (ValueError, TypeError, KeyError, AttributeError):
             self.num_unreadable += 1
             return
@@ -255,6 +267,18 @@ class _Reader:
         self.dead = experts.get("dead", self.dead)
         if "speed/start" in line:
             self.starts.append((step, line["speed/start"]))
+
+
+def _bad_step(values: Mapping[str, Any]) -> dict[str, Any]:
+    first, stop = values["windows"]
+    return {
+        "step": int(values["step"]),
+        "what": str(values["what"]),
+        "action": str(values["action"]),
+        "to": None if values.get("to") is None else int(values["to"]),
+        "windows": [int(first), int(stop)],
+        "series": [str(name) for name in values["series"]],
+    }
 
 
 def _table(name: str, values: Any) -> np.ndarray:

@@ -21,6 +21,7 @@ th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; }
 pre { background: #f7f7f7; padding: 1em; overflow-x: auto; }
 """
+_NOT_FINITE_SHOWN = 64
 _SECTIONS = (
     ("Loss", ("loss", "schedule")),
     ("Speed", ("throughput", "shares")),
@@ -42,7 +43,7 @@ def page(history: RunHistory, summary: Mapping[str, Any], pictures: Mapping[str,
         pictures: PNG files by name.
     """
     tables = {
-        "Loss": _loss_table(summary),
+        "Loss": _loss_table(summary) + _not_finite_table(summary["not_finite"]),
         "Speed": _speed_table(summary),
         "Experts": _expert_table(summary["experts"]),
         "Ranks": _rank_table(summary["stragglers"]),
@@ -106,6 +107,24 @@ def _loss_table(summary: Mapping[str, Any]) -> str:
           number(best["loss"], ".4f"), number(best["step"], ",d"),
           number(loss["last_validation"], ".4f"))],
     )  # fmt: skip
+
+
+def _not_finite_table(events: Sequence[Mapping[str, Any]]) -> str:
+    if not events:
+        return ""
+    rows = []
+    for event in events[-_NOT_FINITE_SHOWN:]:
+        first, stop = event["windows"]
+        action = event["action"].replace("_", " ")
+        if event["to"] is not None:
+            action += f" to step {event['to']:,}"
+        rows.append((f"{event['step']:,}", event["what"], action, f"{first:,} to {stop - 1:,}",
+                     ", ".join(event["series"]) or "-"))  # fmt: skip
+    left_out = len(events) - len(rows)
+    note = f" The first {left_out:,} are left out." if left_out else ""
+    return (f"<p>Not finite, and not learned from: {len(events):,} step(s).{note}</p>") + _table(
+        ("step", "what", "then", "windows", "series"), rows
+    )
 
 
 def _speed_table(summary: Mapping[str, Any]) -> str:
@@ -189,6 +208,14 @@ def _data_table(summary: Mapping[str, Any]) -> str:
     if summary["stream"]:
         rows = [(str(key), str(value)) for key, value in summary["stream"].items()]
         found += _table(("stream", ""), rows)
+    if lost := summary["lost_shards"]:
+        bad = [
+            (str(shard.get("file", "-")), number(shard.get("points"), ",d"),
+             number(shard.get("step"), ",d"), str(shard.get("reason", "-")))
+            for shard in lost
+        ]  # fmt: skip
+        found += f"<p>Goes on without {len(lost):,} bad shard(s) of its corpus.</p>"
+        found += _table(("shard", "points", "from step", "reason"), bad)
     return found
 
 

@@ -41,6 +41,8 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "sources": history.sources[-1][1] if history.sources else None,
         "stream": history.streams[-1][1] if history.streams else None,
         "verdict": history.verdict,
+        "not_finite": history.not_finite,
+        "lost_shards": history.lost_shards,
         "ends": [summarise_end(end) for end in history.ends],
         "checkpoints": [asdict(checkpoint) for checkpoint in history.checkpoints],
         "missing": gaps(history),

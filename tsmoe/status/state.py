@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,11 +28,11 @@ from tsmoe.run_folder import (
     DONE_MARKER,
     LOCK_FILE,
     METRICS_FILE,
-    QUARANTINE_FILE,
     REQUEUE_MARKER,
     RESTARTS_FILE,
     EndOfStart,
     read_ends,
+    read_lost_shards,
 )
 from tsmoe.status.tail import MetricsTail, number, read_tail
 
@@ -157,7 +156,7 @@ def look_at(run: Path, *, now: float | None = None) -> RunStatus:
         validation_loss=number(validation.get("loss/validation")),
         validation_step=int(validation["step"]) + 1 if validation else None,
         checkpoint=checkpoint,
-        lost_shards=_lost_shards(run / QUARANTINE_FILE),
+        lost_shards=len(read_lost_shards(run)),
         restarts=sum(end.decision == "restart" for end in ends),
         last_end=ends[-1] if ends else None,
         ranks=tail.ranks,
@@ -245,13 +244,6 @@ def _newest_checkpoint(folder: Path) -> CheckpointStatus | None:
         step = int(path.name.rpartition("_")[2])
         return CheckpointStatus(step=step, saved_at=saved_at, damage=damage, bad_steps=bad_steps)
     return None
-
-
-def _lost_shards(path: Path) -> int:
-    try:
-        return len(json.loads(path.read_text(encoding="utf-8"))["shards"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0  # most runs have none
 
 
 def _eta(tail: MetricsTail, training: Mapping[str, Any], step: int) -> float | None:
