@@ -121,8 +121,11 @@ def find_damage(folder: Path, meta: CheckpointMeta) -> str | None:
     if damage := find_missing_bytes(folder, meta):
         return damage
     for record in meta.files:
-        if sha256_of(folder / record.name) != record.sha256:
-            return f"{record.name} was altered: its sha256 differs from {META_FILE}"
+        try:
+            if sha256_of(folder / record.name) != record.sha256:
+                return f"{record.name} was altered: its sha256 differs from {META_FILE}"
+        except OSError as error:
+            return f"{record.name} cannot be read ({error.strerror})"
     return None
 
 
@@ -133,6 +136,8 @@ def find_missing_bytes(folder: Path, meta: CheckpointMeta) -> str | None:
             size = (folder / record.name).stat().st_size
         except FileNotFoundError:
             return f"{record.name} is missing"
+        except OSError as error:
+            return f"{record.name} cannot be read ({error.strerror})"
         if size != record.size_bytes:
             return f"{record.name} has {size} bytes instead of {record.size_bytes}"
     return None

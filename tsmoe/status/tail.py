@@ -50,8 +50,9 @@ class MetricsTail:
     def ranks(self) -> int | None:
         """How many wrote the newest list by rank; None if there is none in these lines."""
         for line in self.steps:
-            if "speed/start" in line:
-                return int(line["speed/start"]["ranks"])
+            started = line.get("speed/start")
+            if isinstance(started, dict) and isinstance(started.get("ranks"), int):
+                return int(started["ranks"])
             if by_rank := line.get("speed/of_step_before", {}).get("compute_seconds"):
                 return len(by_rank)
         return None
