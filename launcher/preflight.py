@@ -21,6 +21,7 @@ from launcher.spec import LaunchSpec
 
 _CHECK_TIME_LIMIT = "15"  # minutes
 _SECONDS_BETWEEN_LOOKS = 2.0
+_MOST_UNANSWERED = 300  # one after the other
 
 
 def as_check(spec: LaunchSpec, command: Sequence[str]) -> tuple[LaunchSpec, tuple[str, ...]]:
@@ -108,12 +109,17 @@ def wait_for(number: str, log: Path, *, tell: Callable[[str], None]) -> QueuedRe
         log: what it prints to.
         tell: is told each new state of the job.
     """
-    state = ""
+    state, unanswered = "", 0
     while True:
-        now = _printed(["squeue", "--noheader", f"--jobs={number}", "--format=%T %r"]).strip()
-        if not now:
+        now = _state_in_queue(number)
+        unanswered = unanswered + 1 if now is None else 0
+        if unanswered > _MOST_UNANSWERED:
+            raise LaunchError(
+                f"squeue does not answer any more; job {number} may go on, its log is {log}"
+            )
+        if now == "":
             break
-        if now != state:
+        if now is not None and now != state:
             tell(f"job {number}: {now}")
             state = now
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -123,6 +129,18 @@ def wait_for(number: str, log: Path, *, tell: Callable[[str], None]) -> QueuedRe
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     failed = int(code) or (128 + int(number_of_signal or 0) if int(number_of_signal or 0) else 0)
     return QueuedResult(state=fields.get("JobState", "UNKNOWN"), exit_code=failed, log=text)
+
+
+def _state_in_queue(number: str) -> str | None:
+    """Return a job's state and the reason; empty if it is there no more, None without an answer."""
+    argv = ["squeue", "--noheader", f"--jobs={number}", "--format=%T %r"]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode:
+        return "" if "Invalid job id" in done.stderr else None
+    return done.stdout.strip()
 
 
 def _printed(argv: Sequence[str]) -> str:
