@@ -102,6 +102,12 @@ def queued_values(folder: Path, args: argparse.Namespace, *, name: str) -> dict[
     }
 
 
+def alone(folder: Path) -> dict[str, Any]:
+    """Return the launch file of two ranks without a queue."""
+    return {"name": "alone", "ranks_per_node": 2, "threads_per_rank": 1, "folder": str(folder),
+            "environment": {"DS_ACCELERATOR": "cpu"}}  # fmt: skip
+
+
 def disturb(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Submit the run and let everything happen to it; return what was seen."""
     values = queued_values(folder, args, name="queued")
@@ -143,9 +149,7 @@ def disturb(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         for start in run.restarts()
     ]
     seen["state"] = state_of(job)
-    own = {"name": "alone", "ranks_per_node": 2, "threads_per_rank": 1, "folder": str(folder),
-           "environment": {"DS_ACCELERATOR": "cpu"}}  # fmt: skip
-    launch(folder, own, ["--", *command, "run=alone", steps])
+    launch(folder, alone(folder), ["--", *command, "run=alone", steps])
     pairs = list(zip(run.losses(), WatchedRun(folder / "alone").losses(), strict=True))
     seen["steps_compared"] = len(pairs)
     seen["largest_difference_of_losses"] = max(abs(a - b) for a, b in pairs)
@@ -156,10 +160,10 @@ def shrink(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Go on with one node while the other is drained, and with both again."""
     values = queued_values(folder, args, name="shrinking")
     values["backend"] |= {"least_nodes": 1, "time_limit": "30"}
-    command = ["pretrain", "time_tracker_tiny", "corpus=corpus", *_SETTINGS]
-    printed = launch(
-        folder, values, ["--", *command, "run=shrinking", f"training.steps={args.steps}"]
-    )
+    # Ranks draw their own dropout: without it any number of them has the same losses.
+    command = ["pretrain", "time_tracker_tiny", "corpus=corpus", *_SETTINGS, "model.dropout=0"]
+    steps = f"training.steps={args.steps}"
+    printed = launch(folder, values, ["--", *command, "run=shrinking", steps])
     job = printed.split(" as job ")[1].split(";")[0]
     run = WatchedRun(folder / "shrinking")
     for state in ("DRAIN", "RESUME"):
@@ -172,7 +176,8 @@ def shrink(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         wait(partial(_is_past, run, starts=starts), "the end of a start")
     wait(lambda: (run.folder / "DONE").exists(), "the end of the run", seconds=1800)
     wait(lambda: state_of(job) not in ("RUNNING", "COMPLETING", "PENDING"), "the end of the job")
-    pairs = list(zip(run.losses(), WatchedRun(folder / "alone").losses(), strict=True))
+    launch(folder, alone(folder), ["--", *command, "run=steady", steps])
+    pairs = list(zip(run.losses(), WatchedRun(folder / "steady").losses(), strict=True))
     return {
         "nodes_of_each_start": [len(start["nodes"]) for start in run.restarts()],
         "steps_of_each_start": [start["step"] for start in run.restarts()],

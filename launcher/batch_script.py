@@ -35,7 +35,10 @@ def batch_script(spec: LaunchSpec, slurm: SlurmConfig, job: Job, *, python: str)
     if job.run is not None:
         lines += _training(spec, slurm, job, python=python)
     elif job.is_ranked:
-        lines += [*_meeting_point(spec, slurm, python=python), *_ranks(spec, slurm, job, python)]
+        lines += [
+            *_meeting_point(spec, slurm, job, python=python),
+            *_ranks(spec, slurm, job, python),
+        ]
     else:
         command = [*map(shlex.quote, job.command), *_task_of_array(job)]
         words = " ".join([_inside(spec, slurm), python, "-m", "tsmoe", *command]).strip()
@@ -69,9 +72,7 @@ def _options(spec: LaunchSpec, slurm: SlurmConfig, job: Job) -> list[str]:
         options.append(f"--array=1-{job.array}")
     if not job.is_ranked:
         return [*options, "--nodes=1", "--ntasks=1", "--requeue", *slurm.options]
-    least = min(slurm.least_nodes or job.nodes, job.nodes)
-    nodes = str(job.nodes) if least == job.nodes else f"{least}-{job.nodes}"
-    options += [f"--nodes={nodes}", f"--ntasks-per-node={_tasks_per_node(slurm, job)}"]
+    options += _machines(slurm, job)
     if slurm.gpus_per_node is not None:
         options.append(f"--gpus-per-node={slurm.gpus_per_node}")
     if slurm.is_exclusive:
@@ -88,6 +89,19 @@ def _options(spec: LaunchSpec, slurm: SlurmConfig, job: Job) -> list[str]:
     ]
 
 
+def _machines(slurm: SlurmConfig, job: Job) -> list[str]:
+    """Options that say how many machines, and what of each."""
+    tasks = _tasks_per_node(slurm, job)
+    if len(job.node_counts) == 1:
+        return [f"--nodes={job.nodes}", f"--ntasks-per-node={tasks}"]
+    # No --ntasks-per-node: as the least number of machines has room for the tasks of one machine,
+    # SLURM would give no more than that.
+    options = [f"--nodes={job.node_counts[-1]}-{job.nodes}"]
+    if tasks > 1:
+        options.append(f"--mincpus={tasks * int(_cpus_per_task(slurm, job) or 1)}")
+    return options
+
+
 def _training(spec: LaunchSpec, slurm: SlurmConfig, job: Job, *, python: str) -> list[str]:
     """Lines that start the ranks of a run, and say what follows when they ended."""
     limits = spec.restarts
@@ -97,13 +111,20 @@ def _training(spec: LaunchSpec, slurm: SlurmConfig, job: Job, *, python: str) ->
     )
     return [
         f"run={shlex.quote(job.run or '')}",
-        *_meeting_point(spec, slurm, python=python),
+        *_meeting_point(spec, slurm, job, python=python),
         f"{watch % 'begin'} || exit 1",
         "trap : TERM  # what the time limit sends must not end this script before its last lines",
         *_stop_note(slurm),
         *_ranks(spec, slurm, job, python),
         "code=$?",
-        f'{watch % "end"} --code="$code" --nodes="$hosts"',
+        "# The queue ends this job, not for its time, and has not put it back itself: by scancel.",
+        "cancelled=",
+        'case " $(scontrol show job --oneliner "$SLURM_JOB_ID") " in',
+        '    *" Reason=TimeLimit "*) ;;',
+        '    *" JobState=COMPLETING "*" Restarts=${SLURM_RESTART_COUNT:-0} "*)',
+        "        cancelled=--cancelled ;;",
+        "esac",
+        f'{watch % "end"} --code="$code" --nodes="$hosts" $cancelled',
         "verdict=$?",
         'if [ "$verdict" -eq 75 ]; then',
         '    scontrol requeue "$SLURM_JOB_ID" && exit 0',
@@ -113,15 +134,22 @@ def _training(spec: LaunchSpec, slurm: SlurmConfig, job: Job, *, python: str) ->
     ]
 
 
-def _meeting_point(spec: LaunchSpec, slurm: SlurmConfig, *, python: str) -> list[str]:
-    """Lines that find out the machines, and a port on the first, on which this script runs."""
+def _meeting_point(spec: LaunchSpec, slurm: SlurmConfig, job: Job, *, python: str) -> list[str]:
+    """Lines that find out the machines, and a port on the first, on which this script runs.
+
+    The queue may give any number between the least and the most: those that the batch cannot be
+    shared among stay idle.
+    """
     container = ""
     if isinstance(slurm.container, PyxisContainer):
         container = f"srun --overlap --nodes=1 --ntasks=1 {_srun_options(spec, slurm)}"
     words = f"{container}{_inside(spec, slurm)} {python}".strip()
     return [
         f'tool() {{ {words} -m "$@"; }}',
-        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)',
+        f"for nodes in {' '.join(map(str, job.node_counts))}; do",
+        '    [ "$nodes" -gt "$SLURM_JOB_NUM_NODES" ] || break',
+        "done",
+        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$nodes" | paste -sd, -)',
         "seed=$((SLURM_JOB_ID + 31 * ${SLURM_RESTART_COUNT:-0}))",
         'port=$(tool launcher.environment "$seed") || exit 1',
     ]
@@ -144,7 +172,8 @@ def _ranks(spec: LaunchSpec, slurm: SlurmConfig, job: Job, python: str) -> list[
     binding = "cores" if slurm.binds_cores and slurm.starts == "rank" else "none"
     # --cpus-per-task: srun does not take it over from sbatch, and gives each task one core.
     srun = (
-        f"srun --kill-on-bad-exit=1 --ntasks-per-node={tasks} --cpus-per-task={cores} "
+        'srun --kill-on-bad-exit=1 --nodes="$nodes" --nodelist="$hosts" '
+        f"--ntasks-per-node={tasks} --cpus-per-task={cores} "
         f"--cpu-bind={binding} {_srun_options(spec, slurm)}"
     )
     words = " ".join([_inside(spec, slurm), *node, "--", *map(shlex.quote, job.command)]).strip()

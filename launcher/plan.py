@@ -28,10 +28,16 @@ class Job:
     """Words that follow `tsmoe`."""
     run: str | None
     """Run folder of a command that trains, absolute."""
-    nodes: int
+    node_counts: tuple[int, ...]
+    """On how many machines it can run, most first; only a queue may give fewer than the most."""
     ranks_per_node: int
     array: int | None = None
     after: tuple[str, ...] = ()
+
+    @property
+    def nodes(self) -> int:
+        """Machines that it asks for."""
+        return self.node_counts[0]
 
     @property
     def is_ranked(self) -> bool:
@@ -111,11 +117,13 @@ def _job(
     is_ranked = command[0] in RANKED_COMMANDS
     if not is_ranked and (nodes or 1) > 1:
         raise LaunchError(f"{name}: nodes is {nodes}, but `{command[0]}` runs as one process")
+    most = (nodes or spec.nodes) if is_ranked else 1
+    least = spec.backend.least_nodes if spec.backend.type == "slurm" else None
     return Job(
         name=name,
         command=command,
         run=run_of(command) if command[0] in TRAINING_COMMANDS else None,
-        nodes=(nodes or spec.nodes) if is_ranked else 1,
+        node_counts=tuple(range(most, min(least or most, most) - 1, -1)),
         ranks_per_node=(ranks_per_node or spec.ranks_per_node) if is_ranked else 1,
         array=array,
         after=after,
@@ -131,12 +139,6 @@ def plan(spec: LaunchSpec, jobs: Sequence[Job], *, python: str) -> list[PlannedS
         python: interpreter on the machines, where the launch file names none.
     """
     return [spec.backend.plan(spec, job, python=spec.python or python) for job in jobs]
-
-
-def most_and_fewest_nodes(spec: LaunchSpec, job: Job) -> tuple[int, ...]:
-    """Return the machines that a job may get: one number, or two where fewer will do."""
-    least = spec.backend.least_nodes if spec.backend.type == "slurm" else None
-    return tuple(dict.fromkeys((job.nodes, min(least or job.nodes, job.nodes))))
 
 
 def as_text(starts: Sequence[PlannedStart]) -> str:

@@ -125,7 +125,8 @@ def begin(run: Path, *, job: str | None, restart: int, limits: RestartConfig) ->
         )
     current = run / CURRENT
     if current.exists():
-        _close(run, exit_code=None, nodes=[], limits=limits, is_taken_over=not restart)
+        call_off = None if restart else "launched again by hand"
+        _close(run, exit_code=None, nodes=[], limits=limits, call_off=call_off)
     if restart and (reason := _spent(read_history(run), limits, restart)):
         raise LaunchError(f"{run}: not started again: {reason}")
     if restart and _is_final(run / STOP_NOTE):
@@ -139,11 +140,19 @@ def begin(run: Path, *, job: str | None, restart: int, limits: RestartConfig) ->
         "step": newest_step(run),
         "markers": _markers(run),
     }
-    _write(current, json.dumps(started))
+    try:
+        _write(current, json.dumps(started))
+    except OSError as error:
+        raise LaunchError(f"{current}: cannot be written ({error.strerror})") from error
 
 
 def end(
-    run: Path, *, exit_code: int, nodes: Sequence[str] = (), limits: RestartConfig
+    run: Path,
+    *,
+    exit_code: int,
+    nodes: Sequence[str] = (),
+    limits: RestartConfig,
+    is_cancelled: bool = False,
 ) -> StartRecord:
     """Take note that a start of the run ended, and decide what follows.
 
@@ -152,8 +161,10 @@ def end(
         exit_code: of what started the ranks.
         nodes: machines that took part.
         limits: on starting again.
+        is_cancelled: somebody took its job out of the queue, which is no reason to start again.
     """
-    return _close(run, exit_code=exit_code, nodes=list(nodes), limits=limits)
+    call_off = "its job was cancelled" if is_cancelled else None
+    return _close(run, exit_code=exit_code, nodes=list(nodes), limits=limits, call_off=call_off)
 
 
 def decide(
@@ -201,9 +212,9 @@ def _close(
     exit_code: int | None,
     nodes: list[str],
     limits: RestartConfig,
-    is_taken_over: bool = False,
+    call_off: str | None = None,
 ) -> StartRecord:
-    """Write down how the start at hand ended; one that is taken over is followed by a launch."""
+    """Write down how the start at hand ended, and why it is not started again if it is not."""
     current = run / CURRENT
     try:
         started: dict[str, Any] = json.loads(current.read_text(encoding="utf-8"))
@@ -225,10 +236,10 @@ def _close(
         limits=limits,
         restart=started["restart"],
     )
-    if outcome != "done" and _is_final(run / STOP_NOTE):
-        decision, reason = "none", f"{outcome} at step {step}, and the note {STOP_NOTE} is there"
-    if is_taken_over:
-        decision, reason = "none", f"{outcome} at step {step}, and launched again by hand"
+    if call_off is None and _is_final(run / STOP_NOTE):
+        call_off = f"the note {STOP_NOTE} is there"
+    if outcome != "done" and call_off is not None:
+        decision, reason = "none", f"{outcome} at step {step}, and {call_off}"
     record = StartRecord(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         job=started["job"],
@@ -241,8 +252,11 @@ def _close(
         decision=decision,
         reason=reason,
     )
-    with (run / HISTORY).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(record)) + "\n")
+    try:
+        with (run / HISTORY).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(record)) + "\n")
+    except OSError as error:  # a full disk: what was decided holds
+        print(f"tsmoe launch: {run / HISTORY}: {error.strerror}; {reason}", file=sys.stderr)
     current.unlink(missing_ok=True)
     return record
 
@@ -283,11 +297,13 @@ def _markers(run: Path) -> dict[str, int]:
 
 def _is_held(run: Path) -> bool:
     """Whether a rank holds the run folder; of a restart one that lingers may, for a while."""
-    with (run / LOCK).open("a", encoding="utf-8") as stream:
-        try:
+    try:
+        with (run / LOCK).open("a", encoding="utf-8") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without locks: nobody can hold one
     return False
 
 
@@ -319,6 +335,7 @@ def main(
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--code", type=int, help="exit code of what started the ranks")
     parser.add_argument("--nodes", default="", help="machines, as a,b")
+    parser.add_argument("--cancelled", action="store_true", help="its job was cancelled")
     parser.add_argument("--most", type=int, default=RestartConfig.most)
     parser.add_argument(
         "--most-without-progress", type=int, default=RestartConfig.most_without_progress
@@ -342,6 +359,7 @@ def main(
         exit_code=args.code,
         nodes=[name for name in args.nodes.split(",") if name],
         limits=limits,
+        is_cancelled=args.cancelled,
     )
     print(f"tsmoe launch: {args.run}: {record.decision}: {record.reason}", file=sys.stderr)
     if record.decision == "restart":

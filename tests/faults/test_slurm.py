@@ -38,7 +38,9 @@ def test_run_outlives_the_signal_a_killed_rank_and_a_requeue(
     cluster: Callable[..., str], work: Path, undisturbed: list[float]
 ) -> None:
     run = work / "queued"
-    job = job_of(launch(work, TWO_NODES, f"run={run.name}").stdout)
+    # Though one machine would do, it gets both.
+    values = {**TWO_NODES, "backend": {**TWO_NODES["backend"], "least_nodes": 1}}
+    job = job_of(launch(work, values, f"run={run.name}").stdout)
     log = work / "logs" / f"small-{job}.log"
 
     def count() -> int:
@@ -75,6 +77,25 @@ def test_run_outlives_the_signal_a_killed_rank_and_a_requeue(
     assert "JobState=COMPLETED" in cluster("scontrol", "show", "job", job)
     assert losses_of(run) == undisturbed
     assert not ranks_in(run)
+
+
+def test_cancelled_job_is_not_put_back_into_the_queue(
+    cluster: Callable[..., str], work: Path
+) -> None:
+    run = work / "cancelled"
+    job = job_of(launch(work, TWO_NODES, f"run={run.name}").stdout)
+    wait_until(lambda: newest(run) >= 5, what="a checkpoint")
+    cluster("scancel", job)
+    wait_until(lambda: not cluster("squeue", "-h", "-j", job).strip(), what="the job's end")
+    wait_until(lambda: not ranks_in(run), what="the end of the ranks")
+    shown = cluster("scontrol", "show", "job", job)
+    assert "JobState=CANCELLED" in shown
+    assert "Restarts=0" in shown
+    assert not (run / "DONE").exists()
+    # The ranks may have had time to save, or not.
+    if (run / "restarts.jsonl").exists():
+        (end,) = restarts_of(run)
+        assert (end["decision"], "cancelled" in end["reason"]) == ("none", True), end
 
 
 def test_chain_builds_by_an_array_then_trains_then_exports(

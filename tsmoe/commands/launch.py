@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tsmoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.plan import PlannedStart
+    from launcher.plan import Job, PlannedStart
     from launcher.spec import LaunchSpec
 
 
@@ -58,14 +58,7 @@ def _launch(args: argparse.Namespace) -> int:
             spec, command = preflight.as_check(spec, command)
         with contextlib.chdir(folder):
             jobs = plan.jobs_of(spec, command, lambda words: _run_folder(words, args.parsers))
-            for job in jobs:
-                for nodes in plan.most_and_fewest_nodes(spec, job):
-                    try:
-                        _check_command(job.command, nodes * job.ranks_per_node, args.parsers)
-                    except ConfigError as error:
-                        if nodes == job.nodes:
-                            raise
-                        raise ConfigError(f"backend.least_nodes is {nodes}: {error}") from error
+            jobs = [_checked(job, args.parsers) for job in jobs]
         starts = plan.plan(spec, jobs, python=sys.executable)
         if args.dry_run:
             print(plan.as_text(starts))
@@ -106,14 +99,26 @@ def _run_folder(words: Sequence[str], parsers: dict[str, argparse.ArgumentParser
     return str(Path(_config_of(words, parsers).run).absolute())
 
 
-def _check_command(
-    words: Sequence[str], world_size: int, parsers: dict[str, argparse.ArgumentParser]
-) -> None:
-    """Refuse what the ranks would refuse, before anything is queued."""
-    if words[0] in ("pretrain", "finetune", "preflight"):
-        _config_of(words, parsers).check_world_size(world_size)
-    else:
-        _parsed(words, parsers)
+def _checked(job: Job, parsers: dict[str, argparse.ArgumentParser]) -> Job:
+    """Refuse what the ranks would refuse, and find out on how many machines a job can run."""
+    from dataclasses import replace
+
+    if not job.is_ranked:
+        _parsed(job.command, parsers)
+        return job
+    config = _config_of(job.command, parsers)
+    most, *fewer = job.node_counts
+    config.check_world_size(most * job.ranks_per_node)
+    counts = [most]
+    for nodes in fewer:
+        try:
+            config.check_world_size(nodes * job.ranks_per_node)
+        except ConfigError as error:
+            if nodes == fewer[-1]:
+                raise ConfigError(f"backend.least_nodes is {nodes}: {error}") from error
+        else:
+            counts.append(nodes)
+    return replace(job, node_counts=tuple(counts))
 
 
 def _config_of(words: Sequence[str], parsers: dict[str, argparse.ArgumentParser]) -> Any:

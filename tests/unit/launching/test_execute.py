@@ -15,7 +15,7 @@ LIMITS = RestartConfig(most=2)
 
 def start_of(script: str, run: Path) -> PlannedStart:
     command = ("pretrain", "time_tracker_tiny")
-    job = Job(name="a", command=command, run=str(run), nodes=1, ranks_per_node=1)
+    job = Job(name="a", command=command, run=str(run), node_counts=(1,), ranks_per_node=1)
     return PlannedStart(job=job, argv=("sh", "-c", script), folder=run.parent)
 
 

@@ -1,7 +1,8 @@
 """From a launch file and a command to what is started."""
 
 import shlex
-from dataclasses import fields
+import subprocess
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def test_slurm_script_asks_for_what_the_file_says() -> None:
     options = {line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line}
     assert options >= {
         "--partition=gpu", "--account=me", "--qos=long", "--constraint=a100|h100",
-        "--time=1-00:00:00", "--gpus-per-node=4", "--nodes=1-2", "--ntasks-per-node=1",
+        "--time=1-00:00:00", "--gpus-per-node=4", "--nodes=1-2",
         "--cpus-per-task=32", "--mem=0", "--exclude=n7,n9", "--exclusive", "--requeue",
         "--signal=USR1@300", "--open-mode=append", "--mail-user=me@example.org",
     }  # fmt: skip
@@ -204,6 +205,31 @@ def test_stage_on_fewer_nodes_than_the_least_asks_for_its_own() -> None:
     )
     (text,) = starts_of(spec, ())[0].files.values()
     assert "#SBATCH --nodes=1\n" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [(4, "a,b,c,d"), (3, "a,b"), (2, "a,b"), (9, "a,b,c,d")]
+)
+def test_machines_that_cannot_share_the_batch_stay_idle(given: int, used: str) -> None:
+    spec = spec_of(nodes=4, backend={"type": "slurm", "least_nodes": 1, "starts": "rank"},
+                   ranks_per_node=8)  # fmt: skip
+    (job,) = jobs_of(spec, TRAIN, lambda _: "/work/run")
+    assert job.node_counts == (4, 3, 2, 1)
+    (start,) = plan(spec, [replace(job, node_counts=(4, 2, 1))], python="/bin/py")
+    (text,) = start.files.values()
+    assert "#SBATCH --nodes=1-4\n" in text
+    assert "#SBATCH --ntasks-per-node" not in text  # SLURM would give no more than the least
+    assert "#SBATCH --mincpus=8\n" in text
+    assert 'srun --kill-on-bad-exit=1 --nodes="$nodes" --nodelist="$hosts" ' in text
+    chosen = text[text.index("for nodes in") : text.index("\nseed=")]
+    names = "\n".join("abcdefghi"[:given])
+    script = f"""scontrol() {{ echo "{names}"; }}
+SLURM_JOB_NUM_NODES={given}
+{chosen}
+echo "$hosts"
+"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == used
 
 
 def test_check_of_a_run_that_needs_long_to_save_fits_its_short_job() -> None:

@@ -1,5 +1,6 @@
 """What follows when a start of a run ended."""
 
+import errno
 import fcntl
 import json
 from dataclasses import fields
@@ -218,3 +219,44 @@ def test_run_that_goes_on_already_is_not_launched_again(tmp_path: Path) -> None:
         assert json.loads((tmp_path / CURRENT).read_text())["job"] == "7"
         begin(tmp_path, job="7", restart=1, limits=LIMITS)  # what lingers of the start before
     begin(tmp_path, job="8", restart=0, limits=LIMITS)
+
+
+def test_cancelled_job_is_not_started_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin(run, job="7", restart=0, limits=RestartConfig())
+    save(run, 5)
+    words = ["end", "--run", str(run), "--code", "0", "--cancelled"]
+    assert main(words) == 1
+    (record,) = read_history(run)
+    assert (record.decision, record.reason) == (
+        "none",
+        "crashed at step 5, and its job was cancelled",
+    )
+
+
+def test_verdict_holds_though_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    begin(run, job="7", restart=0, limits=RestartConfig())
+    save(run, 5)
+    (run / "restarts.jsonl").symlink_to("/dev/full")
+    assert main(["end", "--run", str(run), "--code", "1"]) == 75
+    assert "restarts.jsonl: No space left on device; crashed" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "write_text", _is_full)
+    with pytest.raises(LaunchError, match=r"start\.json: cannot be written \(No space left"):
+        begin(run, job="7", restart=1, limits=RestartConfig())
+
+
+def test_file_system_without_locks_is_no_running_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    begin(tmp_path / "run", job=None, restart=0, limits=RestartConfig())
+
+
+def _is_full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
