@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from launcher.backends.slurm import SlurmConfig
     from launcher.spec import LaunchSpec
 
+# Of the commands that run once.
+_USE_A_GPU = ("evaluate", "forecast")
+
 
 def batch_script(spec: LaunchSpec, slurm: SlurmConfig, job: Job, *, python: str) -> str:
     """Write the script of one job."""
@@ -71,6 +74,8 @@ def _options(spec: LaunchSpec, slurm: SlurmConfig, job: Job) -> list[str]:
     if job.array is not None:
         options.append(f"--array=1-{job.array}")
     if not job.is_ranked:
+        if slurm.gpus_per_node is not None and job.command[0] in _USE_A_GPU:
+            options.append("--gpus-per-node=1")
         return [*options, "--nodes=1", "--ntasks=1", "--requeue", *slurm.options]
     options += _machines(slurm, job)
     if slurm.gpus_per_node is not None:

@@ -81,6 +81,12 @@ def _describe(problem: Any, section: type) -> str:
             return f"{path} is not a known key; {hint}"
         case "missing" | "missing_argument":
             return f"{path} is required and has no default"
+        case "string_type" if isinstance(problem["input"], int | float):
+            # YAML reads 24:00:00 as a number of seconds, so it cannot be turned back.
+            return (
+                f"{path} is the number {problem['input']!r}, but must be text; write it in double "
+                f"quotes (from a shell: '{path}=\"..\"')"
+            )
         case "value_error":
             return (
                 f"{path}: {problem['ctx']['error']}"

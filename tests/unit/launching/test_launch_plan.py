@@ -39,6 +39,7 @@ def script_of(command: tuple[str, ...] = TRAIN, **backend: Any) -> str:
     ("values", "says"),
     [
         ({"nodes": 0}, "nodes (0)"),
+        ({"backend": {"type": "slurm", "time_limit": 86400}}, "backend.time_limit is the number"),
         ({"nodes": 2}, "backend local is this machine"),
         ({"backend": {"type": "slrum"}}, "backend"),
         ({"backend": {"type": "slurm", "partitoin": "x"}}, "did you mean partition"),
@@ -195,6 +196,13 @@ def test_command_that_runs_once_gets_all_cores_of_its_job() -> None:
     text = script_of(("evaluate", "p", "--data", "x.csv"), cpus_per_node=32)
     assert "#SBATCH --cpus-per-task=32" in text
     assert 'srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" ' in text
+
+
+def test_only_commands_that_compute_take_a_gpu_of_the_queue() -> None:
+    asks = "#SBATCH --gpus-per-node=1\n"
+    assert asks in script_of(("evaluate", "p", "--data", "x.csv"), gpus_per_node=8)
+    assert asks not in script_of(("export", "run", "package"), gpus_per_node=8)
+    assert asks not in script_of(("evaluate", "p", "--data", "x.csv"))
 
 
 def test_stage_on_fewer_nodes_than_the_least_asks_for_its_own() -> None:
