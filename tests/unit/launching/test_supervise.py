@@ -240,8 +240,9 @@ def test_verdict_holds_though_the_disk_is_full(
     run = tmp_path / "run"
     begin(run, job="7", restart=0, limits=RestartConfig())
     save(run, 5)
-    (run / "restarts.jsonl").symlink_to("/dev/full")
-    assert main(["end", "--run", str(run), "--code", "1"]) == 75
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", _is_full)
+        assert main(["end", "--run", str(run), "--code", "1"]) == 75
     assert "restarts.jsonl: No space left on device; crashed" in capsys.readouterr().err
     monkeypatch.setattr(Path, "write_text", _is_full)
     with pytest.raises(LaunchError, match=r"start\.json: cannot be written \(No space left"):
