@@ -240,8 +240,13 @@ def test_verdict_holds_though_the_disk_is_full(
     run = tmp_path / "run"
     begin(run, job="7", restart=0, limits=RestartConfig())
     save(run, 5)
+    usual = Path.open
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", _is_full)
+        patched.setattr(
+            Path,
+            "open",
+            lambda p, mode="r", *a, **k: (_is_full if mode == "a" else usual)(p, mode, *a, **k),
+        )
         assert main(["end", "--run", str(run), "--code", "1"]) == 75
     assert "restarts.jsonl: No space left on device; crashed" in capsys.readouterr().err
     monkeypatch.setattr(Path, "write_text", _is_full)
