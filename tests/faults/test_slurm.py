@@ -77,6 +77,7 @@ def test_run_outlives_the_signal_a_killed_rank_and_a_requeue(
     assert "JobState=COMPLETED" in cluster("scontrol", "show", "job", job)
     assert losses_of(run) == undisturbed
     assert not ranks_in(run)
+    assert "could not be requeued" not in log.read_text()
 
 
 def test_cancelled_job_is_not_put_back_into_the_queue(
