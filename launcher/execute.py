@@ -79,7 +79,8 @@ def _run(start: PlannedStart, limits: RestartConfig) -> int:
         # Launchers put ranks into groups of their own, or on other machines: no signal is sure to
         # reach them, and the note is.
         ended = _once(start, lambda _: (run / STOP_NOTE).touch())
-        record = end(run, exit_code=ended.code, nodes=[os.uname().nodename], limits=limits)
+        nodes = start.hosts or [os.uname().nodename]
+        record = end(run, exit_code=ended.code, nodes=nodes, limits=limits)
         if record.outcome == "done":
             return 0
         if ended.was_asked or record.decision == "none":

@@ -62,6 +62,8 @@ class PlannedStart:
     """Files to write first, by path."""
     stdin: Path | None = None
     """The file that `argv` reads."""
+    hosts: tuple[str, ...] = ()
+    """Machines that it reaches from here; none where it is this one, or the queue's choice."""
     folder: Path = Path()
     """Where it runs."""
 
@@ -118,6 +120,8 @@ def _job(
     if not is_ranked and (nodes or 1) > 1:
         raise LaunchError(f"{name}: nodes is {nodes}, but `{command[0]}` runs as one process")
     most = (nodes or spec.nodes) if is_ranked else 1
+    if not spec.backend.is_queued and most > spec.nodes:
+        raise LaunchError(f"{name}: nodes is {most}, but the launch has {spec.nodes} machine(s)")
     least = spec.backend.least_nodes if spec.backend.type == "slurm" else None
     return Job(
         name=name,

@@ -33,6 +33,7 @@ class AccelerateConfig(LaunchSection):
 
     def plan(self, spec: LaunchSpec, job: Job, *, python: str) -> PlannedStart:
         """Say what is started for a job; commands of one process start on this machine."""
+        hosts: tuple[str, ...] = ()
         variables, folder = rank_variables(spec, world_size=job.world_size), Path(spec.folder)
         world_size = job.nodes * job.ranks_per_node
         if not job.is_ranked or world_size == 1:
@@ -40,6 +41,7 @@ class AccelerateConfig(LaunchSection):
         elif not self.hosts:
             argv = tuple(self._launch(job, python, machine=0, address="127.0.0.1"))
         else:
+            hosts = self.hosts[: job.nodes]
             commands = [
                 self._on_host(
                     host,
@@ -47,10 +49,10 @@ class AccelerateConfig(LaunchSection):
                     variables,
                     self._launch(job, python, machine=number, address=self.hosts[0]),
                 )
-                for number, host in enumerate(self.hosts[: job.nodes])
+                for number, host in enumerate(hosts)
             ]
             argv = (python, "-m", "launcher.together", *commands)
-        return PlannedStart(job=job, argv=argv, environment=variables, folder=folder)
+        return PlannedStart(job=job, argv=argv, environment=variables, folder=folder, hosts=hosts)
 
     def _launch(self, job: Job, python: str, *, machine: int, address: str) -> list[str]:
         return [

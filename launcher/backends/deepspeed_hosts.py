@@ -79,6 +79,7 @@ class DeepSpeedConfig(LaunchSection):
             environment=variables | {"DS_ENV_FILE": str(exported.absolute())},
             files=files,
             folder=folder,
+            hosts=self.hosts[: job.nodes],
         )
 
     @staticmethod

@@ -1,6 +1,7 @@
 """What `tsmoe launch` makes of a start on this machine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_failure_that_no_rank_tells_of_is_started_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert run_all([start_of("exit 1", run)], LIMITS) == 1
     assert decisions_of(run) == ["restart", "restart", "give_up"]
+
+
+def test_machines_of_a_start_stand_in_its_record(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = replace(start_of("exit 1", run), hosts=("n1", "n2"))
+    assert run_all([start], RestartConfig(most=0)) == 1
+    assert json.loads((run / "restarts.jsonl").read_text())["nodes"] == ["n1", "n2"]
 
 
 def test_first_rank_that_fails_leaves_its_exit_code(

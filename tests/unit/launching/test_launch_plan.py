@@ -155,6 +155,21 @@ def test_stages_stand_in_order_and_name_what_they_wait_for() -> None:
     assert (train.job.nodes, test.job.nodes) == (2, 1)
 
 
+@pytest.mark.parametrize("backend", ["local", "deepspeed", "accelerate"])
+def test_stage_on_more_machines_than_there_are_is_refused(backend: str) -> None:
+    stage = {"name": "train", "nodes": 2, "command": list(TRAIN)}
+    spec = spec_of(backend={"type": backend}, stages=[stage])
+    with pytest.raises(LaunchError, match=r"tsmoe-train: nodes is 2, but the launch has 1"):
+        starts_of(spec, ())
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "accelerate"])
+def test_start_on_other_machines_names_them(backend: str) -> None:
+    stage = {"name": "tune", "nodes": 2, "command": list(TRAIN)}
+    spec = spec_of(backend={"type": backend, "hosts": ["a", "b", "c"]}, nodes=3, stages=[stage])
+    assert starts_of(spec, ())[0].hosts == ("a", "b")
+
+
 def test_command_beside_stages_is_refused() -> None:
     spec = spec_of(stages=[{"name": "a", "command": ["data", "status"]}])
     with pytest.raises(LaunchError, match="leave one of them out"):
