@@ -110,8 +110,9 @@ def _once(start: PlannedStart, ask: Callable[[int], None]) -> _Ended:
     with tempfile.TemporaryDirectory(prefix="tsmoe-") as folder:
         told = Path(folder) / "exit_code"
         ended = _wait_for(start, ask, {EXIT_CODE_VARIABLE: str(told)})
-        if ended.code and told.exists():
-            return replace(ended, code=int(told.read_text(encoding="utf-8")))
+        # Empty: the rank was killed as it wrote.
+        if ended.code and told.exists() and (code := told.read_text(encoding="utf-8")):
+            return replace(ended, code=int(code))
         return ended
 
 

@@ -34,9 +34,10 @@ def test_mistake_that_a_rank_tells_of_is_not_repeated_though_its_launcher_says_1
     assert decisions_of(run) == ["give_up"]
 
 
-def test_failure_that_no_rank_tells_of_is_started_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["exit 1", ': > "$TSMOE_EXIT_CODE_FILE"; exit 1'])
+def test_failure_that_no_rank_tells_of_is_started_again(tmp_path: Path, script: str) -> None:
     run = tmp_path / "run"
-    assert run_all([start_of("exit 1", run)], LIMITS) == 1
+    assert run_all([start_of(script, run)], LIMITS) == 1
     assert decisions_of(run) == ["restart", "restart", "give_up"]
 
 
