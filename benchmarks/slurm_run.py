@@ -160,7 +160,7 @@ def shrink(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Go on with one node while the other is drained, and with both again."""
     values = queued_values(folder, args, name="shrinking")
     values["backend"] |= {"least_nodes": 1, "time_limit": "30"}
-    # Ranks draw their own dropout: without it any number of them has the same losses.
+    # Ranks draw their own dropout; without it losses of any number of them differ by rounding.
     command = ["pretrain", "time_tracker_tiny", "corpus=corpus", *_SETTINGS, "model.dropout=0"]
     steps = f"training.steps={args.steps}"
     printed = launch(folder, values, ["--", *command, "run=shrinking", steps])

@@ -11,6 +11,7 @@ none. Batch scripts call this module before and after the ranks; `tsmoe launch` 
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import os
@@ -35,6 +36,8 @@ START_AGAIN = 75
 # was progress they were right, and what stands in the way may pass, such as ranks of a lost node
 # that linger, or a store that does not answer.
 _MISTAKES = (2, 3)
+# A file system without locks, on which nobody can hold one.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,12 +301,17 @@ def _markers(run: Path) -> dict[str, int]:
 def _is_held(run: Path) -> bool:
     """Whether a rank holds the run folder; of a restart one that lingers may, for a while."""
     try:
-        with (run / LOCK).open("a", encoding="utf-8") as stream:
+        stream = (run / LOCK).open("a", encoding="utf-8")
+    except OSError as error:
+        raise LaunchError(f"{run / LOCK}: cannot be opened ({error.strerror})") from error
+    with stream:
+        try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # a file system without locks: nobody can hold one
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise LaunchError(f"{run / LOCK}: cannot be locked ({error.strerror})") from error
     return False
 
 

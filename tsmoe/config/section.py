@@ -84,7 +84,7 @@ def _describe(problem: Any, section: type) -> str:
         case "string_type" if isinstance(problem["input"], int | float):
             # YAML reads 24:00:00 as a number of seconds, so it cannot be turned back.
             return (
-                f"{path} is the number {problem['input']!r}, but must be text; write it in double "
+                f"{path} is {problem['input']!r}, but must be text; write it in double "
                 f"quotes (from a shell: '{path}=\"..\"')"
             )
         case "value_error":

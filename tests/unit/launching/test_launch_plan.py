@@ -39,7 +39,10 @@ def script_of(command: tuple[str, ...] = TRAIN, **backend: Any) -> str:
     ("values", "says"),
     [
         ({"nodes": 0}, "nodes (0)"),
-        ({"backend": {"type": "slurm", "time_limit": 86400}}, "backend.time_limit is the number"),
+        (
+            {"backend": {"type": "slurm", "time_limit": 86400}},
+            "backend.time_limit is 86400, but must be text",
+        ),
         ({"nodes": 2}, "backend local is this machine"),
         ({"backend": {"type": "slrum"}}, "backend"),
         ({"backend": {"type": "slurm", "partitoin": "x"}}, "did you mean partition"),

@@ -264,5 +264,19 @@ def test_file_system_without_locks_is_no_running_process(
     begin(tmp_path / "run", job=None, restart=0, limits=RestartConfig())
 
 
+def test_lock_that_cannot_be_looked_at_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(LaunchError, match=r"\.lock: cannot be locked \(Input/output error\)"):
+        begin(tmp_path / "run", job=None, restart=0, limits=RestartConfig())
+    (tmp_path / "other" / ".lock").mkdir(parents=True)
+    with pytest.raises(LaunchError, match=r"\.lock: cannot be opened \(Is a directory\)"):
+        begin(tmp_path / "other", job=None, restart=0, limits=RestartConfig())
+
+
 def _is_full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
