@@ -1,5 +1,6 @@
 """The pieces of a source that are read one by one: restarts and tasks go by them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,9 +24,10 @@ class Unit:
         return f"{self.file}#{self.part}" if self.part else self.file
 
 
-class ReadsUnits:
+class ReadsUnits(ABC):
     """What every source shares: all of its records are those of its units, in order."""
 
+    @abstractmethod
     def units(self) -> tuple[Unit, ...]:
         """List the pieces, in an order that depends on the files alone; reads no values.
 
@@ -33,15 +35,14 @@ class ReadsUnits:
             ConfigError: if there is none.
             DataError: if a file cannot be opened.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, unit: Unit) -> Iterator[SeriesRecord | Drop]:
         """Yield every series of one piece; names do not depend on what else was read.
 
         Raises:
             DataError: if the piece cannot be read.
         """
-        raise NotImplementedError
 
     def records(self) -> Iterator[SeriesRecord | Drop]:
         """Yield every series of every piece."""
