@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.shards import Corpus
+from tsmoe.data import plan
 from tsmoe.data.loader import DataConfig, TrainingBatches, ValidationBatches, load_training
 from tsmoe.data.mixing import CurriculumPhase
 from tsmoe.data.windows import training_windows, validation_windows
@@ -28,6 +29,12 @@ CONFIGS = {
     ),
     "two shards at a time": DataConfig(resident_shards=2),
 }
+
+
+@pytest.fixture(autouse=True)
+def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw for a few batches at once, of some epochs of this corpus instead of thousands."""
+    monkeypatch.setattr(plan, "_WINDOWS_AT_A_TIME", 60)
 
 
 @pytest.fixture
