@@ -23,6 +23,15 @@ if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDERS_OF_RANKS = {"distributed", "faults", "parity"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that start ranks or need the GPU: nothing should run beside them."""
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if marks & {"launch", "gpu"} or FOLDERS_OF_RANKS & set(item.path.parts):
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session", autouse=True)
