@@ -121,11 +121,13 @@ def encoder_flops(model: PatchMoEConfig, *, sequences: int) -> FlopCount:
             scores = feed_forward.num_experts * (2 if router.noise else 1)
             per_token = 2 * memory * (width + 6 * memory + scores)
     in_blocks = 3 * 2 * model.num_layers
-    predicted = max(
-        (head.prediction_length for head in model.heads.values() if head.type == "forecast"),
-        default=0,
-    )
-    per_sequence = patches * width * (predicted or model.patch_length)
+    # Tokens have a gradient, the window of a shortcut has none.
+    per_sequence = 3 * patches * width * model.patch_length
+    ahead = [head for head in model.heads.values() if head.type == "forecast"]
+    if ahead:
+        widest = max(ahead, key=lambda head: head.prediction_length)
+        passed = 3 * patches * width + 2 * model.context_length * widest.has_shortcut
+        per_sequence = passed * widest.prediction_length
     return FlopCount(
         attention=in_blocks * sequences * patches**2 * 2 * width,
         projections=in_blocks * tokens * 4 * width**2,
@@ -133,7 +135,7 @@ def encoder_flops(model: PatchMoEConfig, *, sequences: int) -> FlopCount:
         shared_experts=in_blocks * tokens * 3 * width * shared_width,
         router=in_blocks * tokens * per_token,
         embedding=2 * 2 * tokens * 2 * model.patch_length * width,
-        head=3 * 2 * sequences * per_sequence,
+        head=2 * sequences * per_sequence,
     )
 
 

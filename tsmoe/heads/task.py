@@ -25,6 +25,9 @@ class ForecastHeadConfig(Section):
     prediction_length: int = 96
     dropout: float = 0.0
     """On the tokens, while training."""
+    has_shortcut: bool = False
+    """Add a linear map of the window itself, so that tokens learn what departs from it. Ours for
+    PatchMoE: the global residual of TiDE (arXiv 2304.08424)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +58,22 @@ TaskHeadConfig = ForecastHeadConfig | ReconstructionHeadConfig | ClassificationH
 class ForecastHead(nn.Module):
     """Linear map from the flattened tokens of a variate (PatchTST, arXiv 2211.14730)."""
 
-    def __init__(self, config: ForecastHeadConfig, d_model: int, num_patches: int) -> None:
+    def __init__(
+        self, config: ForecastHeadConfig, d_model: int, num_patches: int, context_length: int
+    ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(config.dropout)
         self.project = nn.Linear(num_patches * d_model, config.prediction_length)
+        self.shortcut: nn.Linear | None = None
+        if config.has_shortcut:
+            self.shortcut = nn.Linear(context_length, config.prediction_length, bias=False)
 
-    def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor, window_BCL: Tensor) -> Tensor:  # noqa: ARG002
         """Return prediction_BCQ in normalised units."""
-        return self.project(self.dropout(tokens_BCND.flatten(2)))
+        prediction_BCQ = self.project(self.dropout(tokens_BCND.flatten(2)))
+        if self.shortcut is not None:
+            prediction_BCQ = prediction_BCQ + self.shortcut(window_BCL)
+        return prediction_BCQ
 
 
 class ReconstructionHead(nn.Module):
@@ -73,7 +84,7 @@ class ReconstructionHead(nn.Module):
         self.context_length = context_length
         self.project = nn.Linear(d_model, patch_length)
 
-    def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor, window_BCL: Tensor) -> Tensor:  # noqa: ARG002
         """Return points_BCL of the window in normalised units; L the context length."""
         return self.project(tokens_BCND).flatten(2)[..., -self.context_length :]
 
@@ -93,7 +104,7 @@ class ClassificationHead(nn.Module):
         pooled = num_patches if config.pooling == "flatten" else 2
         self.project = nn.Linear(pooled * config.num_variates * d_model, config.num_classes)
 
-    def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor) -> Tensor:
+    def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor, window_BCL: Tensor) -> Tensor:  # noqa: ARG002
         """Return logits_BY.
 
         Raises:
@@ -130,7 +141,7 @@ def build_task_head(
     """Build the head that a config section describes."""
     match config:
         case ForecastHeadConfig():
-            return ForecastHead(config, d_model, num_patches)
+            return ForecastHead(config, d_model, num_patches, context_length)
         case ReconstructionHeadConfig():
             return ReconstructionHead(d_model, patch_length, context_length)
         case ClassificationHeadConfig():

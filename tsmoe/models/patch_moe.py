@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tsmoe.batch import WindowBatch
 from tsmoe.config import Section
-from tsmoe.heads.task import ReconstructionHead, TaskHeadConfig, build_task_head
+from tsmoe.heads.task import ForecastHead, ReconstructionHead, TaskHeadConfig, build_task_head
 from tsmoe.models.block import FeedForwardConfig
 from tsmoe.models.encoder_block import EncoderBlock
 from tsmoe.models.output import TaskOutput
@@ -58,6 +58,9 @@ class PatchMoEConfig(Section):
     fills_gaps: bool = False
     """Show a straight line where points are not observed, instead of the mean, and reconstruct what
     departs from it. Ours: between close neighbours a line is hard to beat, and hard to learn."""
+    norm_first: bool = False
+    """Norm what attention and experts see, not what they leave (the paper's Eq. 3). Ours: the head
+    then sees how large the values of a patch are, which a norm takes away."""
     has_task_embedding: bool = False
     """Tell the router which task it serves, at the input of its GRU. Ours, beyond the paper."""
     feed_forward: FeedForwardConfig = field(default_factory=_recurrent_experts)
@@ -136,6 +139,7 @@ class PatchMoE(nn.Module):
                     d_model=config.d_model,
                     num_heads=config.num_heads,
                     dropout=config.dropout,
+                    norm_first=config.norm_first,
                     feed_forward=config.feed_forward,
                     layer_index=layer_index,
                     num_layers=config.num_layers,
@@ -199,13 +203,16 @@ class PatchMoE(nn.Module):
                 tokens_BCND, routing, state = block(tokens_BCND, may_see_X11N, state)
             if routing is not None:
                 routings.append(routing)
-        prediction = self.heads[task](tokens_BCND, is_seen_BCN).float()
+        window_BCL = normalised_BCL.to(tokens_BCND.dtype)
+        prediction = self.heads[task](tokens_BCND, is_seen_BCN, window_BCL).float()
         if self.config.fills_gaps and isinstance(self.heads[task], ReconstructionHead):
             prediction = prediction + normalised_BCL
         if prediction.ndim == 3:  # points, not classes
             prediction = prediction * scale_BC1 + loc_BC1
         if self.training and torch.is_grad_enabled():
-            prediction = prediction + self._nothing_of_other_tasks(task, tokens_BCND, is_seen_BCN)
+            prediction = prediction + self._nothing_of_other_tasks(
+                task, tokens_BCND, is_seen_BCN, window_BCL
+            )
         return TaskOutput(prediction=prediction, tokens_BCND=tokens_BCND, routings=tuple(routings))
 
     def arguments(self, batch: WindowBatch) -> dict[str, Any]:
@@ -252,7 +259,7 @@ class PatchMoE(nn.Module):
         return RouterState(task_B11R=self.task_input(number).float()[:, None, None])
 
     def _nothing_of_other_tasks(
-        self, task: str, tokens_BCND: Tensor, is_seen_BCN: Tensor
+        self, task: str, tokens_BCND: Tensor, is_seen_BCN: Tensor, window_BCL: Tensor
     ) -> Tensor:
         """Return 0 that depends on the heads that rest, so that ranks exchange their gradients.
 
@@ -263,7 +270,7 @@ class PatchMoE(nn.Module):
         nothing = torch.zeros((), device=tokens_BCND.device)
         for name, head in self.heads.items():
             if name != task:
-                nothing = nothing + 0.0 * head(tokens_BCND, is_seen_BCN).float().sum()
+                nothing = nothing + 0.0 * head(tokens_BCND, is_seen_BCN, window_BCL).float().sum()
         return nothing
 
     def _initialise(self) -> None:
@@ -272,6 +279,9 @@ class PatchMoE(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for head in self.heads.values():
+            if isinstance(head, ForecastHead) and head.shortcut is not None:
+                nn.init.zeros_(head.shortcut.weight)
         nn.init.normal_(self.position.weight, std=0.02)
         if self.task_input is not None:
             nn.init.normal_(self.task_input.weight, std=0.5)

@@ -50,6 +50,8 @@ class ForecastTaskConfig(Section):
     loss: PointLoss = "mse"
     head_dropout: float = 0.0
     """On the tokens that the head sees, while training."""
+    has_shortcut: bool = False
+    """Add a linear map of the window itself (ours for PatchMoE)."""
     is_univariate: bool = False
     """Every variate makes windows of its own, so that balance is asked of all of them together."""
     columns: list[str] | None = None
@@ -80,6 +82,8 @@ class SeriesTaskConfig(Section):
     loss: PointLoss = "mae"
     head_dropout: float = 0.0
     """On the tokens that the head sees, while training."""
+    has_shortcut: bool = False
+    """Add a linear map of the window itself (ours for PatchMoE)."""
     season: int | None = None
     """Points in a season, for errors and baselines; null: that of the interval, 1 for weeks (as in
     the M4 competition)."""

@@ -75,7 +75,9 @@ class TableForecastTask:
     def head(self) -> ForecastHeadConfig:
         """Return the head that forecasts all steps."""
         return ForecastHeadConfig(
-            prediction_length=self.config.prediction_length, dropout=self.config.head_dropout
+            prediction_length=self.config.prediction_length,
+            dropout=self.config.head_dropout,
+            has_shortcut=self.config.has_shortcut,
         )
 
     def training_batch(self, items: Integers, positions: Integers) -> WindowBatch:  # noqa: ARG002

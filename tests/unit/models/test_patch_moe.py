@@ -127,6 +127,42 @@ def test_reconstruction_departs_from_a_straight_line(values_BCL) -> None:
         torch.testing.assert_close(model(hidden, shown, task).prediction, expected)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_block_norms_what_it_leaves_or_what_it_sees(values_BCL, norm_first) -> None:
+    model = model_of(norm_first=norm_first)
+    tokens_BCND = model(values_BCL, all_of(values_BCL), "ahead").tokens_BCND
+    is_normed = torch.allclose(tokens_BCND.std(-1, correction=0), torch.ones(()), atol=1e-3)
+    assert is_normed is not norm_first
+    block = model.blocks[1]
+    assert block.norm_first is norm_first
+    layer = block.feed_forward
+    for weight in (block.output.weight, layer.always_on.down.weight, layer.experts.down_weight):
+        torch.nn.init.zeros_(weight)
+    expected_BCND = tokens_BCND if norm_first else block.feed_forward_norm(tokens_BCND)
+    found_BCND, *_ = block(tokens_BCND, None, None)
+    torch.testing.assert_close(found_BCND, expected_BCND, atol=1e-4, rtol=0)
+
+
+def test_shortcut_adds_a_linear_map_of_the_normalised_window(values_BCL) -> None:
+    shown = all_of(values_BCL)
+    shown[:, 0, 5:9] = False
+    heads = {"ahead": ForecastHeadConfig(prediction_length=Q)}
+    cut_heads = {"ahead": ForecastHeadConfig(prediction_length=Q, has_shortcut=True)}
+    plain, cut = model_of(heads=heads), model_of(heads=cut_heads)
+    missing, unexpected = cut.load_state_dict(plain.state_dict(), strict=False)
+    assert (missing, unexpected) == (["heads.ahead.shortcut.weight"], [])
+    before = plain(values_BCL, shown).prediction
+    # It begins at nothing, so that both begin as the same model.
+    torch.testing.assert_close(cut(values_BCL, shown).prediction, before)
+    weight = torch.randn(Q, L, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        cut.heads["ahead"].shortcut.weight.copy_(weight)
+    loc_BC1, scale_BC1 = plain._statistics(values_BCL, shown)
+    window_BCL = torch.where(shown, (values_BCL - loc_BC1) / scale_BC1, 0)
+    after = cut(values_BCL, shown).prediction
+    torch.testing.assert_close(after - before, window_BCL @ weight.T * scale_BC1, atol=1e-4, rtol=0)
+
+
 def test_variates_do_not_see_one_another(values_BCL) -> None:
     model = model_of()
     changed = values_BCL.clone()
@@ -156,10 +192,10 @@ def test_classes_do_not_depend_on_what_fills_a_short_case(values_BCL, head) -> N
     model, shown = model_of(normalises_windows=False), all_of(values_BCL)
     shown[0, :, : 2 * P] = False
     tokens = model(values_BCL, shown, "tell").tokens_BCND
-    pooled = model.heads[head](tokens, shown.unflatten(-1, (-1, P)).any(-1))
+    pooled = model.heads[head](tokens, shown.unflatten(-1, (-1, P)).any(-1), values_BCL)
     spoiled = tokens.clone()
     spoiled[0, :, :2] = 1e3
-    again = model.heads[head](spoiled, shown.unflatten(-1, (-1, P)).any(-1))
+    again = model.heads[head](spoiled, shown.unflatten(-1, (-1, P)).any(-1), values_BCL)
     torch.testing.assert_close(pooled, again)
 
 
