@@ -126,7 +126,7 @@ def encoder_flops(model: PatchMoEConfig, *, sequences: int) -> FlopCount:
     ahead = [head for head in model.heads.values() if head.type == "forecast"]
     if ahead:
         widest = max(ahead, key=lambda head: head.prediction_length)
-        passed = 3 * patches * width + 2 * model.context_length * widest.has_shortcut
+        passed = 3 * patches * width + 2 * model.context_length * (widest.shortcut != "off")
         per_sequence = passed * widest.prediction_length
     return FlopCount(
         attention=in_blocks * sequences * patches**2 * 2 * width,

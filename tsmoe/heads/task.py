@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tsmoe.config import Section
 
 Pooling = Literal["flatten", "mean_max"]
+Shortcut = Literal["off", "from_mean", "from_last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,10 @@ class ForecastHeadConfig(Section):
     prediction_length: int = 96
     dropout: float = 0.0
     """On the tokens, while training."""
-    has_shortcut: bool = False
-    """Add a linear map of the window itself, so that tokens learn what departs from it. Ours for
-    PatchMoE: the global residual of TiDE (arXiv 2304.08424)."""
+    shortcut: Shortcut = "off"
+    """Add a linear map of the window itself, so that tokens learn what departs from it; it begins
+    as the window's mean or as its last value. Ours for PatchMoE: the global residual of TiDE
+    (arXiv 2304.08424)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,8 @@ class ForecastHead(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.project = nn.Linear(num_patches * d_model, config.prediction_length)
         self.shortcut: nn.Linear | None = None
-        if config.has_shortcut:
+        self.begins_with_last = config.shortcut == "from_last"
+        if config.shortcut != "off":
             self.shortcut = nn.Linear(context_length, config.prediction_length, bias=False)
 
     def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor, window_BCL: Tensor) -> Tensor:  # noqa: ARG002
@@ -74,6 +77,14 @@ class ForecastHead(nn.Module):
         if self.shortcut is not None:
             prediction_BCQ = prediction_BCQ + self.shortcut(window_BCL)
         return prediction_BCQ
+
+    def begin_with_shortcut(self) -> None:
+        """Set weights such that the forecast is the window's mean, or its last value."""
+        if self.shortcut is not None:
+            for parameter in (self.project.weight, self.project.bias, self.shortcut.weight):
+                nn.init.zeros_(parameter)
+            if self.begins_with_last:
+                nn.init.ones_(self.shortcut.weight[:, -1])
 
 
 class ReconstructionHead(nn.Module):

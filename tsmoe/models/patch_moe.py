@@ -280,8 +280,8 @@ class PatchMoE(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for head in self.heads.values():
-            if isinstance(head, ForecastHead) and head.shortcut is not None:
-                nn.init.zeros_(head.shortcut.weight)
+            if isinstance(head, ForecastHead):
+                head.begin_with_shortcut()
         nn.init.normal_(self.position.weight, std=0.02)
         if self.task_input is not None:
             nn.init.normal_(self.task_input.weight, std=0.5)

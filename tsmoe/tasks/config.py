@@ -14,7 +14,7 @@ from tsmoe.engine.optimizer import OptimizerConfig
 from tsmoe.errors import ConfigError
 from tsmoe.finetune.config import KeptCheckpointsConfig
 from tsmoe.finetune.guard import PatienceConfig
-from tsmoe.heads.task import Pooling, TaskHeadConfig
+from tsmoe.heads.task import Pooling, Shortcut, TaskHeadConfig
 from tsmoe.models.patch_moe import PatchMoEConfig
 from tsmoe.moe.balance_loss import BalanceLossConfig
 from tsmoe.train.run_config import LoopConfig, check_batches, ranks_that_share_experts
@@ -50,8 +50,8 @@ class ForecastTaskConfig(Section):
     loss: PointLoss = "mse"
     head_dropout: float = 0.0
     """On the tokens that the head sees, while training."""
-    has_shortcut: bool = False
-    """Add a linear map of the window itself (ours for PatchMoE)."""
+    shortcut: Shortcut = "off"
+    """Add a linear map of the window, which begins as its mean or its last value (ours)."""
     is_univariate: bool = False
     """Every variate makes windows of its own, so that balance is asked of all of them together."""
     columns: list[str] | None = None
@@ -82,8 +82,8 @@ class SeriesTaskConfig(Section):
     loss: PointLoss = "mae"
     head_dropout: float = 0.0
     """On the tokens that the head sees, while training."""
-    has_shortcut: bool = False
-    """Add a linear map of the window itself (ours for PatchMoE)."""
+    shortcut: Shortcut = "off"
+    """Add a linear map of the window, which begins as its mean or its last value (ours)."""
     season: int | None = None
     """Points in a season, for errors and baselines; null: that of the interval, 1 for weeks (as in
     the M4 competition)."""

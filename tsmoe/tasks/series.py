@@ -76,7 +76,7 @@ class SeriesForecastTask:
         return ForecastHeadConfig(
             prediction_length=self.config.prediction_length,
             dropout=self.config.head_dropout,
-            has_shortcut=self.config.has_shortcut,
+            shortcut=self.config.shortcut,
         )
 
     def training_batch(self, items: Integers, positions: Integers) -> WindowBatch:  # noqa: ARG002

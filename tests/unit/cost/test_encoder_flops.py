@@ -36,7 +36,7 @@ VARIANTS = {
     "dense": replace(SMALL, feed_forward=DenseConfig(d_ff=96)),
     "norm first": replace(SMALL, norm_first=True),
     "shortcut": replace(
-        SMALL, heads={"forecast": ForecastHeadConfig(prediction_length=24, has_shortcut=True)}
+        SMALL, heads={"forecast": ForecastHeadConfig(prediction_length=24, shortcut="from_mean")}
     ),
     "fills": replace(SMALL, heads={"fill": ReconstructionHeadConfig()}),
 }

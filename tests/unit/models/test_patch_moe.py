@@ -143,24 +143,35 @@ def test_block_norms_what_it_leaves_or_what_it_sees(values_BCL, norm_first) -> N
     torch.testing.assert_close(found_BCND, expected_BCND, atol=1e-4, rtol=0)
 
 
-def test_shortcut_adds_a_linear_map_of_the_normalised_window(values_BCL) -> None:
+def with_shortcut(shortcut: str) -> PatchMoE:
+    head = ForecastHeadConfig(prediction_length=Q, shortcut=shortcut)
+    return model_of(heads={"ahead": head})
+
+
+@pytest.mark.parametrize("shortcut", ["from_mean", "from_last"])
+def test_forecast_begins_with_the_mean_or_the_last_value(values_BCL, shortcut) -> None:
     shown = all_of(values_BCL)
     shown[:, 0, 5:9] = False
-    heads = {"ahead": ForecastHeadConfig(prediction_length=Q)}
-    cut_heads = {"ahead": ForecastHeadConfig(prediction_length=Q, has_shortcut=True)}
-    plain, cut = model_of(heads=heads), model_of(heads=cut_heads)
-    missing, unexpected = cut.load_state_dict(plain.state_dict(), strict=False)
-    assert (missing, unexpected) == (["heads.ahead.shortcut.weight"], [])
-    before = plain(values_BCL, shown).prediction
-    # It begins at nothing, so that both begin as the same model.
-    torch.testing.assert_close(cut(values_BCL, shown).prediction, before)
-    weight = torch.randn(Q, L, generator=torch.Generator().manual_seed(3))
+    expected_BC = (values_BCL * shown).sum(-1) / shown.sum(-1)
+    if shortcut == "from_last":
+        expected_BC = values_BCL[..., -1]
+    forecast_BCQ = with_shortcut(shortcut)(values_BCL, shown).prediction
+    torch.testing.assert_close(forecast_BCQ, expected_BC[..., None].expand(-1, -1, Q))
+
+
+def test_shortcut_is_a_linear_map_of_the_normalised_window(values_BCL) -> None:
+    shown = all_of(values_BCL)
+    shown[:, 0, 5:9] = False
+    model = with_shortcut("from_mean")
+    plain = model_of(heads={"ahead": ForecastHeadConfig(prediction_length=Q)})
+    model.load_state_dict(plain.state_dict(), strict=False)
+    shortcut_QL = torch.randn(Q, L, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        cut.heads["ahead"].shortcut.weight.copy_(weight)
+        model.heads["ahead"].shortcut.weight.copy_(shortcut_QL)
+    added_BCQ = model(values_BCL, shown).prediction - plain(values_BCL, shown).prediction
     loc_BC1, scale_BC1 = plain._statistics(values_BCL, shown)
     window_BCL = torch.where(shown, (values_BCL - loc_BC1) / scale_BC1, 0)
-    after = cut(values_BCL, shown).prediction
-    torch.testing.assert_close(after - before, window_BCL @ weight.T * scale_BC1, atol=1e-4, rtol=0)
+    torch.testing.assert_close(added_BCQ, window_BCL @ shortcut_QL.T * scale_BC1, atol=1e-4, rtol=0)
 
 
 def test_variates_do_not_see_one_another(values_BCL) -> None:
