@@ -1,7 +1,8 @@
 """Train PatchMoE on the sets of a task, with the routers that are to be compared, over seeds.
 
 Each cell of the results is one `tsmoe finetune` command, which they name; started again, runs that
-are done are not repeated. Writes results/patch_moe_TASK.json and a Markdown table beside it.
+are done are not repeated. Writes results/patch_moe_TASK.json and a Markdown table beside it, and a
+picture where there are several routers.
 
     python benchmarks/patch_moe.py classification --data FOLDER --routers recurrent,linear
 """
@@ -242,8 +243,7 @@ def markdown(suite: Suite, cells: list[dict[str, Any]]) -> str:
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for cell in with_best_look_back(cells):
         for result in cell["results"]:
-            where = " ".join(str(result[key]) for key in ("mask", "share") if key in result)
-            line = rows.setdefault(f"{cell['set']} {where}".strip(), {})
+            line = rows.setdefault(_name_line(cell, result), {})
             model = f"{cell['router']} router" if result["model"] == "tsmoe" else result["model"]
             line.setdefault(model, []).append(result)
     models = list(dict.fromkeys(model for line in rows.values() for model in line))
@@ -258,6 +258,55 @@ def markdown(suite: Suite, cells: list[dict[str, Any]]) -> str:
         lines.append(f"| {name} | {' | '.join(texts)} |")
     lines += ["", f"{', '.join(suite.figures)} on the test part; ± deviation over seeds."]
     return "\n".join(lines) + "\n"
+
+
+def draw(suite: Suite, cells: list[dict[str, Any]], path: Path) -> None:
+    """Draw the first figure of each router over the first one's, a point for each seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = _lines(cells)
+    routers = list(dict.fromkeys(router for line in lines.values() for router in line))
+    picture = Figure(figsize=(6.4, 1.2 + 0.3 * len(lines)), layout="constrained")
+    FigureCanvasAgg(picture)
+    axes = picture.subplots()
+    for place, router in enumerate(routers):
+        offset = 0.5 * (place / max(1, len(routers) - 1) - 0.5)
+        points = [
+            (100 * (result[suite.figures[0]] / baseline - 1), row + offset)
+            for row, line in enumerate(lines.values())
+            if (baseline := _mean_figure(suite, line.get(routers[0], [])))
+            for result in line.get(router, [])
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", ms=4, label=router)
+    axes.axvline(0, color="0.7", lw=0.8, zorder=0)
+    axes.set_yticks(range(len(lines)), list(lines))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{suite.figures[0]}, % over the mean of the {routers[0]} router")
+    axes.legend(fontsize=8)
+    picture.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _lines(cells: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Collect what our models reached: by set and mask, then by router, one for each seed."""
+    lines: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for cell in cells:
+        for result in cell["results"]:
+            if result["model"] == "tsmoe":
+                line = lines.setdefault(_name_line(cell, result), {})
+                line.setdefault(cell["router"], []).append(result)
+    return lines
+
+
+def _name_line(cell: dict[str, Any], result: dict[str, Any]) -> str:
+    where = " ".join(str(result[key]) for key in ("mask", "share") if key in result)
+    return f"{cell['set']} {where}".strip()
+
+
+def _mean_figure(suite: Suite, results: list[dict[str, Any]]) -> float | None:
+    values = [result[suite.figures[0]] for result in results]
+    return statistics.mean(values) if values else None
 
 
 def with_best_look_back(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -309,6 +358,8 @@ def main() -> None:
                 record(name, {"cells": cells}, notes="one process of one thread")
     path = RESULTS / f"{name}.md"
     path.write_text(markdown(suite, cells), encoding="utf-8")
+    if len(args.routers.split(",")) > 1:
+        draw(suite, cells, path.with_suffix(".png"))
     print(path.read_text(encoding="utf-8"))
 
 
