@@ -2,7 +2,7 @@
 
 Each cell of the results is one `tsmoe finetune` command, which they name; started again, runs that
 are done are not repeated. Writes results/patch_moe_TASK.json and a Markdown table beside it, and a
-picture where there are several routers.
+picture where there are several routers and seeds.
 
     python benchmarks/patch_moe.py classification --data FOLDER --routers recurrent,linear
 """
@@ -22,11 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from record import RESULTS, record
 from tsmoe.evaluate.baselines import season_length
 
+PRESETS = RESULTS.parents[1] / "tsmoe" / "presets" / "finetune"
 ROUTER = "model.feed_forward.router"
-# What each router is, over the preset's recurrent one with noise and one memory for all layers.
+# What each router is, over the preset's recurrent one with noise and one memory for all layers. The
+# dense twin is as wide as what a token passes.
 ROUTERS: dict[str, list[str]] = {
     "recurrent": [],
     "no_noise": [f"{ROUTER}.noise=0"],
@@ -34,7 +38,7 @@ ROUTERS: dict[str, list[str]] = {
     "linear": [f"{ROUTER}={{type: linear, top_k: 2}}"],
     "linear_noise": [f"{ROUTER}={{type: linear, top_k: 2, noise: 1.0}}"],
     "dense": [
-        "model.feed_forward={type: dense, d_ff: 384}",
+        "model.feed_forward={type: dense, d_ff: WIDTH}",
         "balance_loss.alpha=0",
         "balance_loss.beta=0",
     ],
@@ -57,6 +61,15 @@ class Suite:
     settings: list[str] = field(default_factory=list)
 
 
+def of_router(router: str, settings: list[str]) -> list[str]:
+    """Return a set's settings and those of a router, without sizes of what it does not have."""
+    lost = {"linear": f"{ROUTER}.", "linear_noise": f"{ROUTER}.", "dense": "model.feed_forward."}
+    left_out = lost.get(router)
+    kept = [text for text in settings if left_out is None or not text.startswith(left_out)]
+    width = 96 if NARROW[0] in settings else 384
+    return kept + [text.replace("WIDTH", str(width)) for text in ROUTERS[router]]
+
+
 def _tables(task: str, names: tuple[str, ...]) -> dict[str, list[str]]:
     found = {}
     for name in names:
@@ -76,6 +89,7 @@ def _horizons(
         f"{name}:{horizon}:{context}": [
             *settings,
             *SMALL_TABLES.get(name, []),
+            *(FAR if horizon == 720 and name in ("ETTh1", "ETTh2") else []),
             f"tasks.forecast.prediction_length={horizon}",
             f"model.context_length={context}",
         ]
@@ -102,7 +116,10 @@ SMALL_TABLES = {
         "training.validate_every_steps=25",
     ],
 }
+# So far ahead these learn what there is within a few steps.
+FAR = ["optimizer.lr=0.0003"]
 LTSF = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "weather", "exchange_rate")
+HIGHER_IS_BETTER = ("accuracy", "auc_roc")
 M4 = {"m4_hourly_train": 48, "m4_weekly_train": 13}
 SUITES = {
     "forecast": Suite(
@@ -215,21 +232,40 @@ def run_cell(
         test = [f"tasks.forecast.test_path={follows}"]
     words = [
         "tsmoe", "finetune", suite.preset, f"data={file}", f"run={run}", f"seed={seed}", *test,
-        *suite.settings, *suite.sets[name], *ROUTERS[router], *args.settings,
+        *suite.settings, *of_router(router, suite.sets[name]), *args.settings,
     ]  # fmt: skip
-    begun, seconds = time.monotonic(), run / "seconds.json"
-    if not (run / "DONE").exists():
-        print(shlex.join(words), flush=True)
-        subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL)
+    preset = (PRESETS / f"{suite.preset}.yaml").read_bytes()
+    made_by: dict[str, Any] = {
+        "command": shlex.join(words),
+        "preset": hashlib.sha256(preset).hexdigest(),
+    }
+    cell = {"set": name, "router": router, "seed": seed, "command": made_by["command"]}
+    cell_file = run / "cell.json"
+    if (run / "DONE").exists():
+        earlier = json.loads(cell_file.read_text(encoding="utf-8")) if cell_file.exists() else {}
+        if {key: earlier.get(key) for key in made_by} != made_by:
+            raise SystemExit(f"{run} was made by another command or preset; use another --out")
+    else:
+        print(cell["command"], flush=True)
+        begun = time.monotonic()
+        ended = subprocess.run(
+            [sys.executable, "-m", *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if ended.returncode:  # such as nothing learned: the other cells can still be made
+            failure = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+            print(failure, flush=True)
+            return {**cell, "failure": failure, "results": []}
         shutil.rmtree(run / "checkpoints", ignore_errors=True)  # there are many runs
-        seconds.write_text(json.dumps(round(time.monotonic() - begun)), encoding="utf-8")
+        made_by["seconds"] = round(time.monotonic() - begun)
+        cell_file.write_text(json.dumps(made_by), encoding="utf-8")
+        earlier = made_by
     found = json.loads((run / "result.json").read_text(encoding="utf-8"))
     return {
-        "set": name,
-        "router": router,
-        "seed": seed,
-        "command": shlex.join(words),
-        "seconds": json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else None,
+        **cell,
+        "seconds": earlier["seconds"],
         "best_step": found["best_step"],
         "validation_error": min(
             e for e in found["validation_error"]["errors"].values() if e is not None
@@ -261,52 +297,42 @@ def markdown(suite: Suite, cells: list[dict[str, Any]]) -> str:
 
 
 def draw(suite: Suite, cells: list[dict[str, Any]], path: Path) -> None:
-    """Draw the first figure of each router over the first one's, a point for each seed."""
+    """Draw the first figure of each router, a point for a seed, from the mean of the first one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = _lines(cells)
-    routers = list(dict.fromkeys(router for line in lines.values() for router in line))
-    picture = Figure(figsize=(6.4, 1.2 + 0.3 * len(lines)), layout="constrained")
+    measure = suite.figures[0]
+    lines: dict[str, dict[str, list[float]]] = {}
+    for cell in with_best_look_back(cells):
+        for result in cell["results"]:
+            if result["model"] == "tsmoe" and result.get(measure) is not None:
+                line = lines.setdefault(_name_line(cell, result), {})
+                line.setdefault(cell["router"], []).append(result[measure])
+    routers = list(dict.fromkeys(cell["router"] for cell in cells))
+    picture = Figure(figsize=(7.6, 1.2 + 0.3 * len(lines)), layout="constrained")
     FigureCanvasAgg(picture)
     axes = picture.subplots()
     for place, router in enumerate(routers):
-        offset = 0.5 * (place / max(1, len(routers) - 1) - 0.5)
+        offset = 0.6 * (place + 0.5) / len(routers) - 0.3
         points = [
-            (100 * (result[suite.figures[0]] / baseline - 1), row + offset)
+            (100 * (value / statistics.mean(line[routers[0]]) - 1), row + offset)
             for row, line in enumerate(lines.values())
-            if (baseline := _mean_figure(suite, line.get(routers[0], [])))
-            for result in line.get(router, [])
+            if routers[0] in line
+            for value in line.get(router, [])
         ]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o", ms=4, label=router)
+        axes.plot(*np.reshape(points, (-1, 2)).T, "o", ms=5, alpha=0.6, label=router)
     axes.axvline(0, color="0.7", lw=0.8, zorder=0)
     axes.set_yticks(range(len(lines)), list(lines))
     axes.invert_yaxis()
-    axes.set_xlabel(f"{suite.figures[0]}, % over the mean of the {routers[0]} router")
-    axes.legend(fontsize=8)
+    better = "higher" if measure in HIGHER_IS_BETTER else "lower"
+    axes.set_xlabel(f"{measure}, % from the mean of {routers[0]} ({better} is better)")
+    picture.legend(loc="outside right upper", fontsize=8)
     picture.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def _lines(cells: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Collect what our models reached: by set and mask, then by router, one for each seed."""
-    lines: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for cell in cells:
-        for result in cell["results"]:
-            if result["model"] == "tsmoe":
-                line = lines.setdefault(_name_line(cell, result), {})
-                line.setdefault(cell["router"], []).append(result)
-    return lines
 
 
 def _name_line(cell: dict[str, Any], result: dict[str, Any]) -> str:
     where = " ".join(str(result[key]) for key in ("mask", "share") if key in result)
     return f"{cell['set']} {where}".strip()
-
-
-def _mean_figure(suite: Suite, results: list[dict[str, Any]]) -> float | None:
-    values = [result[suite.figures[0]] for result in results]
-    return statistics.mean(values) if values else None
 
 
 def with_best_look_back(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -315,6 +341,8 @@ def with_best_look_back(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for cell in cells:
         name, *lengths = cell["set"].split(":")
         key = (name, *lengths[:1], cell["router"], cell["seed"])
+        if "failure" in cell:
+            continue
         if key not in best or cell["validation_error"] < best[key]["validation_error"]:
             kept = ":".join([name, *lengths[:1]])
             best[key] = {**cell, "set": kept}
@@ -358,7 +386,7 @@ def main() -> None:
                 record(name, {"cells": cells}, notes="one process of one thread")
     path = RESULTS / f"{name}.md"
     path.write_text(markdown(suite, cells), encoding="utf-8")
-    if len(args.routers.split(",")) > 1:
+    if len(args.routers.split(",")) > 1 and len(args.seeds.split(",")) > 1:
         draw(suite, cells, path.with_suffix(".png"))
     print(path.read_text(encoding="utf-8"))
 

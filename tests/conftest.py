@@ -28,9 +28,14 @@ FOLDERS_OF_RANKS = {"distributed", "faults", "parity"}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that start ranks or need the GPU: nothing should run beside them."""
+    tests = REPOSITORY / "tests"
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        if marks & {"launch", "gpu"} or FOLDERS_OF_RANKS & set(item.path.parts):
+        starts_ranks = hasattr(getattr(item, "module", None), "run_on_ranks") or (
+            item.path.is_relative_to(tests)
+            and item.path.relative_to(tests).parts[0] in FOLDERS_OF_RANKS
+        )
+        if starts_ranks or marks & {"launch", "gpu"}:
             item.add_marker("alone")
 
 

@@ -111,6 +111,7 @@ def test_pretraining_is_the_same_from_a_url(proxy, tmp_path) -> None:
     assert any(loss is not None for loss in losses[0])
 
 
+@pytest.mark.alone
 def test_prefetched_shard_is_there_when_it_is_read(proxy, store, local) -> None:
     corpus = Corpus.open(store, cache=FileCache.of_node())
     proxy.plan = always(Fault(bytes_per_second=20e6))

@@ -11,7 +11,10 @@ from task_run import Settings, small_run, train_all, write_files
 from tsmoe.config import merge_layers
 
 LINEAR: Settings = {"model": {"feed_forward": {"router": {"type": "linear"}}}}
-TOLD: Settings = {"model": {"has_task_embedding": True}}
+TOLD: Settings = {
+    "model": {"has_task_embedding": True, "norms_first": True},
+    "tasks": {"forecast": {"shortcut": "from_last"}},
+}
 KINDS: dict[str, tuple[tuple[str, ...], Settings]] = {
     "forecast": (("forecast",), {}),
     "anomaly-linear": (("anomaly",), LINEAR),

@@ -125,9 +125,11 @@ def encoder_flops(model: PatchMoEConfig, *, sequences: int) -> FlopCount:
     per_sequence = 3 * patches * width * model.patch_length
     ahead = [head for head in model.heads.values() if head.type == "forecast"]
     if ahead:
-        widest = max(ahead, key=lambda head: head.prediction_length)
-        passed = 3 * patches * width + 2 * model.context_length * (widest.shortcut != "off")
-        per_sequence = passed * widest.prediction_length
+        per_sequence = max(
+            head.prediction_length
+            * (3 * patches * width + (0 if head.shortcut is None else 2 * model.context_length))
+            for head in ahead
+        )
     return FlopCount(
         attention=in_blocks * sequences * patches**2 * 2 * width,
         projections=in_blocks * tokens * 4 * width**2,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tsmoe.config import Section
 
 Pooling = Literal["flatten", "mean_max"]
-Shortcut = Literal["off", "from_mean", "from_last"]
+Shortcut = Literal["from_mean", "from_last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,10 @@ class ForecastHeadConfig(Section):
     prediction_length: int = 96
     dropout: float = 0.0
     """On the tokens, while training."""
-    shortcut: Shortcut = "off"
+    shortcut: Shortcut | None = None
     """Add a linear map of the window itself, so that tokens learn what departs from it; it begins
-    as the window's mean or as its last value. Ours for PatchMoE: the global residual of TiDE
+    as the window's mean, or as its last value (where that is not observed, as the mean; as 0 in
+    windows that are not normalised). Ours for PatchMoE: the global residual of TiDE
     (arXiv 2304.08424)."""
 
 
@@ -68,7 +69,7 @@ class ForecastHead(nn.Module):
         self.project = nn.Linear(num_patches * d_model, config.prediction_length)
         self.shortcut: nn.Linear | None = None
         self.begins_with_last = config.shortcut == "from_last"
-        if config.shortcut != "off":
+        if config.shortcut is not None:
             self.shortcut = nn.Linear(context_length, config.prediction_length, bias=False)
 
     def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor, window_BCL: Tensor) -> Tensor:  # noqa: ARG002

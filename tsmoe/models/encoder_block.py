@@ -19,10 +19,10 @@ from tsmoe.nn.feed_forward import SwiGLU
 class EncoderBlock(nn.Module):
     """Attention in both directions and feed-forward, each normed after it is added.
 
-    With `norm_first` what each of them sees is normed instead, and their sum is left as it is.
+    With `norms_first` what each of them sees is normed instead, and their sum is left as it is.
 
     Source: PatchMoE (arXiv 2509.22279), Eq. (3); each variate by itself, as inferred. Ours:
-    `norm_first` (arXiv 2002.04745).
+    `norms_first`, as arXiv 2002.04745 without its norm behind the last layer.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class EncoderBlock(nn.Module):
         d_model: int,
         num_heads: int,
         dropout: float,
-        norm_first: bool = False,
+        norms_first: bool,
         feed_forward: FeedForwardConfig,
         layer_index: int,
         num_layers: int,
@@ -39,7 +39,7 @@ class EncoderBlock(nn.Module):
         make_experts: ExpertFactory,
     ) -> None:
         super().__init__()
-        self.num_heads, self.norm_first = num_heads, norm_first
+        self.num_heads, self.norms_first = num_heads, norms_first
         # Without bias: that of keys would be learned from rounding errors, as softmax cancels it.
         self.query_key_value = nn.Linear(d_model, 3 * d_model, bias=False)
         self.output = nn.Linear(d_model, d_model)
@@ -74,18 +74,24 @@ class EncoderBlock(nn.Module):
             state: of the router of the layer before.
             record: for passes that will be computed again, see `RoutingRecord`.
         """
-        seen_BCND = self.attention_norm(tokens_BCND) if self.norm_first else tokens_BCND
-        tokens_BCND = tokens_BCND + self.dropout(self._attend(seen_BCND, may_see_X11N))
-        norm = self.feed_forward_norm if self.norm_first else self.attention_norm
-        seen_BCND = norm(tokens_BCND)
-        routing = None
-        if isinstance(self.feed_forward, MoELayer):
-            hidden_BCND, routing, state = self.feed_forward(seen_BCND, state, record=record)
-        else:
-            hidden_BCND = self.feed_forward(seen_BCND)
-        if self.norm_first:
+        if self.norms_first:
+            seen_BCND = self.attention_norm(tokens_BCND)
+            tokens_BCND = tokens_BCND + self.dropout(self._attend(seen_BCND, may_see_X11N))
+            seen_BCND = self.feed_forward_norm(tokens_BCND)
+            hidden_BCND, routing, state = self._feed_forward(seen_BCND, state, record)
             return tokens_BCND + self.dropout(hidden_BCND), routing, state
-        return self.feed_forward_norm(seen_BCND + self.dropout(hidden_BCND)), routing, state
+        attended_BCND = self.attention_norm(
+            tokens_BCND + self.dropout(self._attend(tokens_BCND, may_see_X11N))
+        )
+        hidden_BCND, routing, state = self._feed_forward(attended_BCND, state, record)
+        return self.feed_forward_norm(attended_BCND + self.dropout(hidden_BCND)), routing, state
+
+    def _feed_forward(
+        self, tokens_BCND: Tensor, state: RouterState | None, record: RoutingRecord | None
+    ) -> tuple[Tensor, Routing | None, RouterState | None]:
+        if isinstance(self.feed_forward, MoELayer):
+            return self.feed_forward(tokens_BCND, state, record=record)
+        return self.feed_forward(tokens_BCND), None, state
 
     def _attend(self, tokens_BCND: Tensor, may_see_X11N: Tensor | None) -> Tensor:
         projected = self.query_key_value(tokens_BCND.flatten(0, 1))

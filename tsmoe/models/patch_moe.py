@@ -58,9 +58,9 @@ class PatchMoEConfig(Section):
     fills_gaps: bool = False
     """Show a straight line where points are not observed, instead of the mean, and reconstruct what
     departs from it. Ours: between close neighbours a line is hard to beat, and hard to learn."""
-    norm_first: bool = False
+    norms_first: bool = False
     """Norm what attention and experts see, not what they leave (the paper's Eq. 3). Ours: the head
-    then sees how large the values of a patch are, which a norm takes away."""
+    then sees how large the values of a patch are, which a norm would take away."""
     has_task_embedding: bool = False
     """Tell the router which task it serves, at the input of its GRU. Ours, beyond the paper."""
     feed_forward: FeedForwardConfig = field(default_factory=_recurrent_experts)
@@ -82,6 +82,12 @@ class PatchMoEConfig(Section):
             raise ValueError(f"dropout ({self.dropout}) must be at least 0 and below 1")
         if isinstance(self.feed_forward, MoEConfig):
             self.feed_forward.check_alignment(self.d_model)
+        for name, head in self.heads.items():
+            if getattr(head, "shortcut", None) == "from_mean" and not self.normalises_windows:
+                raise ValueError(
+                    f"tasks.{name}.shortcut is from_mean, but normalises_windows is false, so "
+                    "there is no mean to begin from; use shortcut=from_last or null"
+                )
         if self.has_task_embedding and self._d_router is None:
             raise ValueError(
                 "has_task_embedding is true, but only a recurrent router has an input for it; set "
@@ -139,7 +145,7 @@ class PatchMoE(nn.Module):
                     d_model=config.d_model,
                     num_heads=config.num_heads,
                     dropout=config.dropout,
-                    norm_first=config.norm_first,
+                    norms_first=config.norms_first,
                     feed_forward=config.feed_forward,
                     layer_index=layer_index,
                     num_layers=config.num_layers,

@@ -50,7 +50,7 @@ class ForecastTaskConfig(Section):
     loss: PointLoss = "mse"
     head_dropout: float = 0.0
     """On the tokens that the head sees, while training."""
-    shortcut: Shortcut = "off"
+    shortcut: Shortcut | None = None
     """Add a linear map of the window, which begins as its mean or its last value (ours)."""
     is_univariate: bool = False
     """Every variate makes windows of its own, so that balance is asked of all of them together."""
@@ -82,7 +82,7 @@ class SeriesTaskConfig(Section):
     loss: PointLoss = "mae"
     head_dropout: float = 0.0
     """On the tokens that the head sees, while training."""
-    shortcut: Shortcut = "off"
+    shortcut: Shortcut | None = None
     """Add a linear map of the window, which begins as its mean or its last value (ours)."""
     season: int | None = None
     """Points in a season, for errors and baselines; null: that of the interval, 1 for weeks (as in

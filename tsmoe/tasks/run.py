@@ -20,7 +20,7 @@ from tsmoe.batch import WindowBatch
 from tsmoe.checkpoint.layout import step_folder, write_text
 from tsmoe.checkpoint.package import model_from_checkpoint, save_package
 from tsmoe.checkpoint.resume import open_checkpoint
-from tsmoe.config import encode
+from tsmoe.config import decode, encode
 from tsmoe.errors import ConfigError, TrainingError
 from tsmoe.finetune.course import Course
 from tsmoe.finetune.guard import Guard
@@ -217,6 +217,7 @@ class TaskWork:
 
     def decisive(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a run must be continued with."""
+        settings = _with_defaults(settings)
         sections = ("model", "seed", "balance_loss", "optimizer", "schedule", "balance")
         found = {name: settings.get(name) for name in sections}
         paths = ("path", "test_path", "season")
@@ -235,14 +236,14 @@ class TaskWork:
         """Write the package of the best weights, and judge them on the test parts.
 
         Raises:
-            TrainingError: if nothing learned is better than the random weights of the beginning.
+            TrainingError: if nothing learned is better than the weights of the beginning.
         """
         folder, step = Path(self.run.run), guard.best_step
         early = "" if failure is None else f"; training broke off: {failure}"
         if step is None or guard.errors[step] >= guard.errors[0]:
             raise TrainingError(
-                f"{folder}: nothing learned is better on validation than the random weights it "
-                f"began with (error {guard.errors.get(0, math.nan):.4f}); lower optimizer.lr{early}"
+                f"{folder}: nothing learned is better on validation than the weights it began "
+                f"with (error {guard.errors.get(0, math.nan):.4f}); lower optimizer.lr{early}"
             )
         verdict = f"best after step {step}: validation error {guard.errors[step]:.4f}{early}"
         logger.info("%s: %s", folder, verdict)
@@ -320,3 +321,15 @@ class TaskWork:
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "licence": "Apache-2.0 (weights); the training data keep their own licences",
         }
+
+
+def _with_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add settings that are younger than a checkpoint: they had their default then."""
+    model = dict(settings.get("model") or {})
+    without_heads = {**settings, "model": {**model, "heads": {}}}
+    try:
+        whole = encode(decode(TaskRunConfig, without_heads, origin="checkpoint"))
+        whole["model"] = encode(decode(PatchMoEConfig, model, origin="checkpoint"))
+    except ConfigError:  # of another program: compared as it stands
+        return settings
+    return whole

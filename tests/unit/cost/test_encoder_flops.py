@@ -34,7 +34,7 @@ VARIANTS = {
     "no noise": with_router(SMALL, RecurrentRouterConfig(d_router=16, noise=0.0)),
     "linear": with_router(SMALL, LinearRouterConfig()),
     "dense": replace(SMALL, feed_forward=DenseConfig(d_ff=96)),
-    "norm first": replace(SMALL, norm_first=True),
+    "norms first": replace(SMALL, norms_first=True),
     "shortcut": replace(
         SMALL, heads={"forecast": ForecastHeadConfig(prediction_length=24, shortcut="from_mean")}
     ),

@@ -265,6 +265,7 @@ def test_view_outlives_its_shard(indexed, tmp_path) -> None:
     np.testing.assert_array_equal(view, expected)
 
 
+@pytest.mark.alone
 def test_million_series_open_in_a_moment(tmp_path, plain) -> None:
     count = 200_000
     index = SeriesIndex.join([Corpus.open(plain).index] * (count // 40))

@@ -127,20 +127,24 @@ def test_reconstruction_departs_from_a_straight_line(values_BCL) -> None:
         torch.testing.assert_close(model(hidden, shown, task).prediction, expected)
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_block_norms_what_it_leaves_or_what_it_sees(values_BCL, norm_first) -> None:
-    model = model_of(norm_first=norm_first)
-    tokens_BCND = model(values_BCL, all_of(values_BCL), "ahead").tokens_BCND
-    is_normed = torch.allclose(tokens_BCND.std(-1, correction=0), torch.ones(()), atol=1e-3)
-    assert is_normed is not norm_first
-    block = model.blocks[1]
-    assert block.norm_first is norm_first
-    layer = block.feed_forward
-    for weight in (block.output.weight, layer.always_on.down.weight, layer.experts.down_weight):
-        torch.nn.init.zeros_(weight)
-    expected_BCND = tokens_BCND if norm_first else block.feed_forward_norm(tokens_BCND)
-    found_BCND, *_ = block(tokens_BCND, None, None)
-    torch.testing.assert_close(found_BCND, expected_BCND, atol=1e-4, rtol=0)
+def test_block_norms_what_it_leaves_or_what_it_sees(values_BCL) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for norms_first in (False, True):
+        model = model_of(norms_first=norms_first, feed_forward=DenseConfig(d_ff=32))
+        block = model.blocks[0]
+        first, second = block.attention_norm, block.feed_forward_norm
+        for norm in (first, second):
+            norm.weight.data.normal_(generator=generator)
+            norm.bias.data.normal_(generator=generator)
+        tokens_BCND = 5 + 3 * torch.randn(B, C, L // P, 16, generator=generator)
+        found_BCND, *_ = block(tokens_BCND, None, None)
+        if norms_first:
+            between_BCND = tokens_BCND + block._attend(first(tokens_BCND), None)
+            expected_BCND = between_BCND + block.feed_forward(second(between_BCND))
+        else:
+            between_BCND = first(tokens_BCND + block._attend(tokens_BCND, None))
+            expected_BCND = second(between_BCND + block.feed_forward(between_BCND))
+        torch.testing.assert_close(found_BCND, expected_BCND)
 
 
 def with_shortcut(shortcut: str) -> PatchMoE:
@@ -155,8 +159,12 @@ def test_forecast_begins_with_the_mean_or_the_last_value(values_BCL, shortcut) -
     expected_BC = (values_BCL * shown).sum(-1) / shown.sum(-1)
     if shortcut == "from_last":
         expected_BC = values_BCL[..., -1]
-    forecast_BCQ = with_shortcut(shortcut)(values_BCL, shown).prediction
+    model = with_shortcut(shortcut)
+    forecast_BCQ = model(values_BCL, shown).prediction
     torch.testing.assert_close(forecast_BCQ, expected_BC[..., None].expand(-1, -1, Q))
+    shown[..., -1] = False
+    mean_BC1 = (values_BCL * shown).sum(-1, keepdim=True) / shown.sum(-1, keepdim=True)
+    torch.testing.assert_close(model(values_BCL, shown).prediction, mean_BC1.expand(-1, -1, Q))
 
 
 def test_shortcut_is_a_linear_map_of_the_normalised_window(values_BCL) -> None:
@@ -228,11 +236,13 @@ def test_router_is_told_the_task(values_BCL) -> None:
 
 
 def test_heads_that_rest_have_a_gradient_of_zero(values_BCL) -> None:
-    model = model_of().train()
+    rests = ForecastHeadConfig(prediction_length=Q, shortcut="from_last")
+    model = model_of(heads={**CONFIG.heads, "rests": rests}).train()
     model(values_BCL, all_of(values_BCL), "ahead").prediction.square().sum().backward()
     assert model.heads["ahead"].project.weight.grad.abs().sum() > 0
-    for task in ("fill", "tell", "pool"):
+    for task in ("fill", "tell", "pool", "rests"):
         assert model.heads[task].project.weight.grad.abs().sum() == 0
+    assert model.heads["rests"].shortcut.weight.grad.abs().sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -276,10 +286,14 @@ def test_seed_decides_the_weights() -> None:
             {"has_task_embedding": True, "feed_forward": DenseConfig()},
             ["has_task_embedding", "recurrent"],
         ),
+        (
+            {"normalises_windows": False, "heads": {"a": ForecastHeadConfig(shortcut="from_mean")}},
+            ["tasks.a.shortcut", "normalises_windows"],
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, words) -> None:
-    with pytest.raises(ValueError, match=r"must|only") as raised:
+    with pytest.raises(ValueError, match=r"must|only|use") as raised:
         replace(CONFIG, **changes)
     assert all(word in str(raised.value) for word in words)
 
