@@ -136,6 +136,7 @@ SUITES = {
         sets={
             name: [
                 "tasks.forecast.type=series",
+                "tasks.forecast.shortcut=from_mean",
                 f"tasks.forecast.prediction_length={horizon}",
             ]
             for name, horizon in M4.items()
