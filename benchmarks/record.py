@@ -39,10 +39,16 @@ def record(name: str, results: dict[str, Any], *, notes: str = "") -> Path:
 
 
 def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return found.stdout.strip() or "unknown"
+    found = _git("rev-parse", "--short", "HEAD").stdout.strip()
+    # What earlier cells wrote is no change of the code.
+    is_changed = _git(
+        "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"
+    ).returncode
+    return f"{found}{'-dirty' if is_changed else ''}" if found else "unknown"
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
 
 def _machine() -> dict[str, Any]:
