@@ -43,8 +43,16 @@ from tsmoe.tasks.predictor import load_predictor
 SWEEP = (0.0, 0.001, 0.01, 0.1, 1.0)
 TASKS = ("forecast", "imputation")
 SEEDS = (0, 1)
-# Windows and patches alike for both tasks, so that routing can be compared.
-ALIKE = ["model.patch_length=48", "model.context_length=336"]
+# Windows, patches and layers alike for both tasks, so that routing can be compared.
+ALIKE = {
+    "forecast": [
+        "model.patch_length=48",
+        "model.norms_first=false",
+        "tasks.forecast.shortcut=null",
+        "tasks.forecast.loss=mse",
+    ],
+    "imputation": ["model.patch_length=48", "model.context_length=336"],
+}
 WINDOWS = 64
 
 
@@ -139,7 +147,7 @@ def task_runs(args: argparse.Namespace) -> dict[tuple[str, int], Path]:
     runs = {}
     for task, seed in itertools.product(TASKS, SEEDS):
         run = args.out / f"alike-{args.table.stem}-{task}-{seed}"
-        train(f"patch_moe_{task}", run, args.table, [*ALIKE, f"seed={seed}", *args.settings])
+        train(f"patch_moe_{task}", run, args.table, [*ALIKE[task], f"seed={seed}", *args.settings])
         runs[task, seed] = run / "package"
     return runs
 
