@@ -25,11 +25,11 @@ def start_of(environment: dict[str, str]) -> PlannedStart:
     values: dict[str, Any] = {
         "backend": {"type": "deepspeed", "hosts": ["a", "b"]},
         "nodes": 2,
-        "folder": "/work",
+        "folder": "/srv",
         "environment": environment,
     }
     spec = decode(LaunchSpec, values, origin="launch.yaml")
-    (start,) = plan(spec, jobs_of(spec, COMMAND, lambda _: "/work/run"), python="py")
+    (start,) = plan(spec, jobs_of(spec, COMMAND, lambda _: "/srv/run"), python="py")
     return start
 
 

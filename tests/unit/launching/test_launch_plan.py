@@ -21,11 +21,11 @@ TRAIN = ("pretrain", "time_tracker_tiny", "run=runs/a b")
 
 
 def spec_of(**values: Any) -> LaunchSpec:
-    return decode(LaunchSpec, {"folder": "/work", **values}, origin="launch.yaml")
+    return decode(LaunchSpec, {"folder": "/srv", **values}, origin="launch.yaml")
 
 
 def starts_of(spec: LaunchSpec, command: tuple[str, ...] = TRAIN) -> list[PlannedStart]:
-    return plan(spec, jobs_of(spec, command, lambda _: "/work/runs/a b"), python="/bin/py")
+    return plan(spec, jobs_of(spec, command, lambda _: "/srv/runs/a b"), python="/bin/py")
 
 
 def script_of(command: tuple[str, ...] = TRAIN, **backend: Any) -> str:
@@ -239,7 +239,7 @@ def test_stage_on_fewer_nodes_than_the_least_asks_for_its_own() -> None:
 def test_machines_that_cannot_share_the_batch_stay_idle(given: int, used: str) -> None:
     spec = spec_of(nodes=4, backend={"type": "slurm", "least_nodes": 1, "starts": "rank"},
                    ranks_per_node=8)  # fmt: skip
-    (job,) = jobs_of(spec, TRAIN, lambda _: "/work/run")
+    (job,) = jobs_of(spec, TRAIN, lambda _: "/srv/run")
     assert job.node_counts == (4, 3, 2, 1)
     (start,) = plan(spec, [replace(job, node_counts=(4, 2, 1))], python="/bin/py")
     (text,) = start.files.values()
@@ -278,11 +278,11 @@ def test_rank_starts_get_a_share_of_the_cores() -> None:
         (
             {"type": "pyxis", "image": "team/tsmoe.sqsh", "mounts": ["/data:/data"]},
             ["srun --overlap --nodes=1 --ntasks=1 --container-image=team/tsmoe.sqsh",
-             "--container-mounts=/work:/work,/data:/data"],
+             "--container-mounts=/srv:/srv,/data:/data"],
         ),
         (
             {"type": "apptainer", "image": "tsmoe.sif", "mounts": ["$SCRATCH:/scratch"]},
-            ["apptainer exec --nv --pwd /work --bind /work:/work --bind \"$SCRATCH:/scratch\"",
+            ["apptainer exec --nv --pwd /srv --bind /srv:/srv --bind \"$SCRATCH:/scratch\"",
              "tsmoe.sif python -m launcher.node"],
         ),
         (
