@@ -88,7 +88,10 @@ def check_same_model(meta: CheckpointMeta, config: dict[str, Any], folder: Path)
     Raises:
         CheckpointError: naming each differing key with both values.
     """
-    differences = _differences(meta.config["model"], config["model"], "model")
+    from tsmoe.models import complete_model
+
+    saved = complete_model(meta.config["model"])
+    differences = _differences(saved, config["model"], "model")
     if differences:
         raise CheckpointError(
             f"{folder}: a checkpoint of another model: {'; '.join(differences)}; "

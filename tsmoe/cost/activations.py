@@ -162,8 +162,10 @@ def embedding_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) ->
 
 
 def head_bytes(model: TimeTrackerConfig, rows: Rows, numerics: Numerics) -> int:
-    """Head: the prediction, which the step holds to its end."""
-    return rows.tokens * model.patch_length * values_per_point(model) * numerics.element
+    """Head: the prediction, which the step holds to its end, and what a shortcut sees."""
+    seen = model.context_length if model.linear_shortcut else 0
+    predicted = model.patch_length * values_per_point(model)
+    return rows.tokens * (predicted + seen) * numerics.element
 
 
 def loss_bytes(model: TimeTrackerConfig, rows: Rows) -> int:

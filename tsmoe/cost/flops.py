@@ -80,6 +80,9 @@ def training_flops(
         routed_width = feed_forward.router.top_k * feed_forward.d_ff_expert
         shared_width = feed_forward.num_shared_experts * feed_forward.d_ff_shared
         num_experts = feed_forward.num_experts
+    head = 3 * width * model.patch_length * values_per_point(model)
+    if model.linear_shortcut:  # what it sees needs no gradient
+        head += 2 * model.context_length * model.lookahead_patches * model.patch_length
     # One forward pass, and two of its size backward; one more where blocks are recomputed.
     in_blocks = (4 if recomputes else 3) * 2 * model.num_layers
     return FlopCount(
@@ -89,7 +92,7 @@ def training_flops(
         shared_experts=in_blocks * tokens * 3 * width * shared_width,
         router=in_blocks * tokens * width * num_experts,
         embedding=2 * 2 * tokens * 2 * model.patch_length * width,
-        head=3 * 2 * tokens * width * model.patch_length * values_per_point(model),
+        head=2 * tokens * head,
     )
 
 

@@ -56,12 +56,15 @@ def parameter_sizes(
             _vector(f"{block}.feed_forward_norm.weight", width),
         ]
         sizes += _feed_forward(model, f"{block}.feed_forward", expert_parallel_size)
-    return (
-        *sizes,
+    sizes += [
         _vector("output_norm.weight", width),
         _matrix("head.project.weight", predicted * width),
         _vector("head.project.bias", predicted),
-    )
+    ]
+    if model.linear_shortcut:
+        ahead = model.lookahead_patches * patch
+        sizes.append(_matrix("shortcut.project.weight", ahead * model.context_length))
+    return tuple(sizes)
 
 
 def _feed_forward(

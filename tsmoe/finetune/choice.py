@@ -152,11 +152,16 @@ def _learned(run: FinetuneRun, step: int) -> TimeTracker:
 
 @torch.no_grad()
 def _mixture(learned: TimeTracker, start: Start, share: float) -> TimeTracker:
-    """Return weights on the line between two; what the start does not know is the learned."""
+    """Return weights on the line between two.
+
+    What the start does not know is the learned, but for a shortcut, which started at zero.
+    """
     if share == 1:
         return learned
     mixture = copy.deepcopy(learned)
     for name, parameter in mixture.named_parameters():
         if name in start.state:
             parameter.copy_(torch.lerp(start.state[name].to(parameter), parameter, share))
+        elif name.startswith("shortcut."):
+            parameter.mul_(share)
     return mixture

@@ -22,6 +22,7 @@ from tsmoe.finetune.table import SplitTable, open_table
 from tsmoe.finetune.trainable import prepare_finetuning
 from tsmoe.finetune.validation import Validation
 from tsmoe.finetune.windows import TableWindows
+from tsmoe.models import complete_model
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.ranks import CommunicationMeter, Ranks
 from tsmoe.train.held_out import HeldOutForecasts
@@ -117,6 +118,7 @@ class TableWork:
         """Return what a run must be continued with; the start counts by its weights."""
         sections = ("model", "start_sha256", "seed", "table", "trainable", "mixing", "optimizer")
         found = {name: settings.get(name) for name in (*sections, "schedule", "balance", "dropout")}
+        found["model"] = complete_model(found["model"] or {})
         # A baseline's alone, and which validation windows errors are compared on.
         found["table"] = {
             k: v for k, v in (found["table"] or {}).items() if k not in ("path", "season")

@@ -117,4 +117,11 @@ def resolve_run(config: FinetuneConfig, start: Start | None) -> FinetuneRun:
         if not 0 <= config.dropout < 1:
             raise ConfigError(f"dropout ({config.dropout}) must be at least 0 and below 1")
         changes["dropout"] = config.dropout
+    if config.linear_shortcut is not None:
+        if model.linear_shortcut and not config.linear_shortcut:
+            raise ConfigError(
+                "linear_shortcut is false, but the model has one, without which it forecasts "
+                "something else; leave the setting out"
+            )
+        changes["linear_shortcut"] = config.linear_shortcut
     return FinetuneRun(config=config, model=replace(model, **changes))

@@ -16,7 +16,8 @@ from tsmoe.moe.layer import MoELayer
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableConfig(Section):
-    """What learns. Where layers mix variates, what is only of use there learns in any case."""
+    """What learns. A linear shortcut, and what is only of use where layers mix variates, learns in
+    any case."""
 
     trains: Literal["all", "head", "experts", "low_rank"] = "all"
     """`head`: the head and the norm before it; `experts`: routed and shared experts; `low_rank`:
@@ -57,6 +58,8 @@ def prepare_finetuning(model: TimeTracker, config: TrainableConfig, *, seed: int
     for name, parameter in model.named_parameters():
         if name.endswith("_variate_bias_H") or name in mixing:
             learns = name in mixing
+        elif name.startswith("shortcut."):
+            learns = True
         elif routers and name.startswith(routers) and config.freezes_routers:
             learns = False
         else:

@@ -25,6 +25,7 @@ from tsmoe.moe.routers import AnyRouter
 from tsmoe.moe.routers.recurrent import share_memory
 from tsmoe.moe.routing import RouterState, Routing
 from tsmoe.nn.instance_norm import InstanceNormConfig, instance_statistics, packed_statistics
+from tsmoe.nn.linear_shortcut import LinearShortcut
 from tsmoe.nn.patch import PatchEmbedding, cut_patches, patch_ends
 from tsmoe.nn.rms_norm import RMSNorm
 from tsmoe.nn.spans import SeriesSpans
@@ -56,6 +57,8 @@ class TimeTrackerConfig(Section):
     channel-independent pretraining. Ours: the pretrained layers themselves, no new ones."""
     graph: VariateGraphConfig = field(default_factory=VariateGraphConfig)
     """Of the variates; heeded where layers are channel-mixed."""
+    linear_shortcut: bool = False
+    """Add a linear map of the context to what tokens predict. Ours, see `LinearShortcut`."""
     instance_norm: InstanceNormConfig = field(default_factory=InstanceNormConfig)
     feed_forward: FeedForwardConfig = field(default_factory=MoEConfig)
     head: HeadConfig = field(default_factory=PointHeadConfig)
@@ -149,6 +152,15 @@ class TimeTracker(nn.Module):
             self.output_norm = RMSNorm(config.d_model)
             self.head = build_head(config.head, config.d_model, config.patch_length)
             self._initialise()
+            # Behind it: it starts at zero, and the other weights are those of a model without it.
+            self.shortcut: LinearShortcut | None = None
+            if config.linear_shortcut:
+                self.shortcut = LinearShortcut(
+                    num_points=config.context_length,
+                    patch_length=config.patch_length,
+                    patch_stride=config.patch_stride,
+                    lookahead_patches=config.lookahead_patches,
+                )
             share_memory(self.routers())
 
     def forward(
@@ -218,6 +230,9 @@ class TimeTracker(nn.Module):
             if routing is not None:
                 routings.append(routing)
         prediction_BCNPK = self.head(self.output_norm(tokens_BCND))
+        if self.shortcut is not None:
+            added_BCNP = self.shortcut(values_BCL, observed_BCL, statistics, spans)
+            prediction_BCNPK = prediction_BCNPK + added_BCNP[..., None]
         return ModelOutput(
             prediction_BCNPK=prediction_BCNPK,
             statistics=statistics,

@@ -30,6 +30,7 @@ from tsmoe.finetune.order import (
     share_of_rank,
     uniformly_spaced,
 )
+from tsmoe.models import complete_model
 from tsmoe.models.patch_moe import PatchMoE, PatchMoEConfig
 from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.ranks import CommunicationMeter, Ranks
@@ -329,7 +330,6 @@ def _with_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     without_heads = {**settings, "model": {**model, "heads": {}}}
     try:
         whole = encode(decode(TaskRunConfig, without_heads, origin="checkpoint"))
-        whole["model"] = encode(decode(PatchMoEConfig, model, origin="checkpoint"))
     except ConfigError:  # of another program: compared as it stands
         return settings
-    return whole
+    return {**whole, "model": complete_model(model)}

@@ -1,12 +1,15 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tsmoe.checkpoint.layout import find_damage, read_meta
 from tsmoe.checkpoint.resume import check_same_model, newest_checkpoint, open_checkpoint
+from tsmoe.config import encode
 from tsmoe.errors import CheckpointError
+from tsmoe.models.time_tracker import TimeTrackerConfig
 
 
 @pytest.fixture
@@ -126,6 +129,16 @@ def test_another_model_is_told_by_its_differing_keys(meta_of) -> None:
         check_same_model(meta, {"model": {"d_model": 16, "head": {"type": "point"}}}, Path("run"))
     assert "model.d_model is 8 there and 16 here" in str(raised.value)
     assert "model.head is None there" in str(raised.value)
+
+
+def test_settings_that_are_younger_than_a_checkpoint_had_their_default(meta_of) -> None:
+    model = encode(TimeTrackerConfig())
+    older = {name: value for name, value in model.items() if name != "linear_shortcut"}
+    meta = replace(meta_of(4), config={"model": older})
+    check_same_model(meta, {"model": model}, Path("run"))
+    other = encode(TimeTrackerConfig(linear_shortcut=True))
+    with pytest.raises(CheckpointError, match=r"model\.linear_shortcut is False there and True"):
+        check_same_model(meta, {"model": other}, Path("run"))
 
 
 def test_checkpoint_that_was_committed_after_latest_is_the_newest(folder) -> None:

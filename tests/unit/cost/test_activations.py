@@ -122,10 +122,14 @@ def test_expert_layer(numerics, compute, mode, top_k) -> None:
     assert found - size(output) == pytest.approx(predicted, abs=CONSTANTS + filled)
 
 
-@pytest.mark.parametrize("head", [SMALL.head, QuantileHeadConfig(levels=(0.1, 0.5, 0.9))])
-def test_whole_model_with_its_loss(head) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"head": QuantileHeadConfig(levels=(0.1, 0.5, 0.9))}, {"linear_shortcut": True}],
+    ids=["point", "quantiles", "shortcut"],
+)
+def test_whole_model_with_its_loss(settings) -> None:
     """Also that nothing lies between the modules that nobody counts."""
-    config = replace(SMALL, head=head, num_layers=3)
+    config = replace(SMALL, num_layers=3, **settings)
     model, given = model_of(config, FP32), rows(config, FP32)
     values_BCL = torch.randn(WINDOWS, 1, config.window_length)
     is_true_BCL = torch.ones_like(values_BCL, dtype=torch.bool)

@@ -26,6 +26,7 @@ VARIANTS = {
     ),
     "dense": replace(SMALL, feed_forward=DenseConfig(d_ff=96)),
     "no shared": replace(SMALL, feed_forward=replace(SMALL.feed_forward, num_shared_experts=0)),
+    "shortcut": replace(SMALL, linear_shortcut=True, lookahead_patches=2),
     "quantiles": replace(SMALL, head=QuantileHeadConfig(levels=(0.1, 0.5, 0.9))),
 }
 

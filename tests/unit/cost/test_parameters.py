@@ -14,7 +14,12 @@ from tsmoe.train.stages import prepare_pretraining
 CONFIGS = {
     name: decode(TimeTrackerConfig, read_preset(name)["model"], origin=name)
     for name in preset_names()
-} | {"dense": TimeTrackerConfig(d_model=64, num_heads=2, feed_forward=DenseConfig(d_ff=96))}
+} | {
+    "dense": TimeTrackerConfig(d_model=64, num_heads=2, feed_forward=DenseConfig(d_ff=96)),
+    "shortcut": TimeTrackerConfig(
+        d_model=64, num_heads=2, context_length=192, linear_shortcut=True, lookahead_patches=2
+    ),
+}
 
 
 def build_on_meta(config: TimeTrackerConfig) -> nn.Module:

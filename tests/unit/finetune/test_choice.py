@@ -72,6 +72,28 @@ def test_share_that_validates_best_is_taken(done, by_share, learned_error, expec
     assert (f"{expected:.0%} of the way" in choice.verdict) == (expected < 1)
 
 
+def test_of_a_new_shortcut_the_share_is_taken_too(done, tmp_path: Path) -> None:
+    _, start, _ = done
+    config = small_finetune(
+        tmp_path / "run",
+        Path(done[0].config.table.path),
+        {"training": {"steps": 2}, "linear_shortcut": True},
+        start=Path(done[0].config.start),
+    )
+    finetune(config)
+    folder = tmp_path / "run/checkpoints" / step_folder(2)
+    learned = model_from_checkpoint(*open_checkpoint(folder)).shortcut.project.weight.detach()
+    assert learned.abs().max() > 0
+
+    def validate(model) -> float:
+        return abs(float(model.shortcut.project.weight.detach().norm() / learned.norm()) - 0.5)
+
+    run = resolve_run(config, start)
+    choice = choose(run, start, guard_of(1.0, 0.5), validate, failure=None)
+    assert choice.share == 0.5
+    torch.testing.assert_close(choice.model.shortcut.project.weight, 0.5 * learned)
+
+
 def test_mixture_may_be_better_where_what_was_learned_is_worse(done) -> None:
     run, start, _ = done
     guard = guard_of(1.0, 1.5)

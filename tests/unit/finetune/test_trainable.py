@@ -51,6 +51,13 @@ def test_what_mixing_uses_learns_in_mixed_layers_whatever_else_does(trains) -> N
     }
 
 
+@pytest.mark.parametrize("trains", ["all", "head", "experts", "low_rank"])
+def test_a_shortcut_learns_whatever_else_does(trains) -> None:
+    model = model_of(linear_shortcut=True)
+    prepare_finetuning(model, TrainableConfig(trains=trains))
+    assert "shortcut.project.weight" in learning(model)
+
+
 def test_routers_rest_where_wanted() -> None:
     model = model_of()
     prepare_finetuning(model, TrainableConfig(freezes_routers=True))
@@ -106,6 +113,25 @@ def test_start_is_loaded_whole_and_new_parameters_stay(lay_out, folder) -> None:
 def test_start_that_is_none_is_refused(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="neither a package nor a run"):
         open_start(str(tmp_path))
+
+
+def test_start_is_at_first_what_it_was_with_a_new_shortcut(lay_out, folder) -> None:
+    run, _ = lay_out({"linear_shortcut": True})
+    start = open_start(str(folder / "package"))
+    model = build_model(run.model, seed=9).eval()
+    start.load_into(model)
+    assert model.shortcut is not None
+    assert torch.equal(predict(model), predict(start.build()))
+
+
+def test_a_shortcut_that_the_model_has_stays(lay_out, folder) -> None:
+    run, _ = lay_out()
+    start = open_start(str(folder / "package"))
+    start = replace(start, model=replace(start.model, linear_shortcut=True))
+    assert resolve_run(run.config, start).model.linear_shortcut
+    config = replace(run.config, linear_shortcut=False)
+    with pytest.raises(ConfigError, match="linear_shortcut is false, but the model has one"):
+        resolve_run(config, start)
 
 
 @pytest.mark.parametrize(

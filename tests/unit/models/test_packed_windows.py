@@ -127,6 +127,8 @@ CASES = {
     )
 } | {
     "quantiles": {"head": QuantileHeadConfig(levels=(0.1, 0.5, 0.9))},
+    "shortcut": {"linear_shortcut": True, "lookahead_patches": 2},
+    "overlapping patches, shortcut": {"patch_stride": 4, "linear_shortcut": True},
     "overlapping patches": {"patch_stride": 4, **settings_of("prefix", "prefix")},
     "overlapping patches, whole series": {"patch_stride": 2, **settings_of("sequence", "window")},
 }
