@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Settings]] = {
     "anomaly-linear": (("anomaly",), LINEAR),
     "classification": (("classification",), {}),
     "forecast+imputation": (("forecast", "imputation"), TOLD),
+    "forecast-fitted": (("forecast",), {"tasks": {"forecast": {"shortcut": "least_squares"}}}),
 }
 # Each rank sees half of the batch, in one pass: the balance loss is over both.
 HALVES: Settings = {"training": {"micro_batch_size": 4}}
@@ -38,6 +39,7 @@ def spread(zero_stage: int, expert_ranks: int) -> Settings:
 VARIANTS: dict[str, tuple[str, Settings]] = {
     **{f"{kind}-plain": (kind, {}) for kind in KINDS},
     **{f"{kind}-stage1_ep2": (kind, spread(1, 2)) for kind in KINDS},
+    "forecast-fitted-stage3_ep1": ("forecast-fitted", spread(3, 1)),
     "forecast-stage2_ep1": ("forecast", spread(2, 1)),
     "forecast+imputation-stage3_ep2": ("forecast+imputation", spread(3, 2)),
 }

@@ -124,13 +124,14 @@ def encoder_flops(model: PatchMoEConfig, *, sequences: int) -> FlopCount:
             scores = feed_forward.num_experts * (2 if router.noise else 1)
             per_token = 2 * memory * (width + 6 * memory + scores)
     in_blocks = 3 * 2 * model.num_layers
-    # Tokens have a gradient, the window of a shortcut has none.
     per_sequence = 3 * patches * width * model.patch_length
     ahead = [head for head in model.heads.values() if head.type == "forecast"]
     if ahead:
+        # Tokens have a gradient, the window of a shortcut has none, and one that rests has none.
+        passes = {None: 0, "from_mean": 2, "from_last": 2, "least_squares": 1}
         per_sequence = max(
             head.prediction_length
-            * (3 * patches * width + (0 if head.shortcut is None else 2 * model.context_length))
+            * (3 * patches * width + passes[head.shortcut] * model.context_length)
             for head in ahead
         )
     return FlopCount(

@@ -103,7 +103,7 @@ class Work(Protocol[Result]):
     """Of the data: a checkpoint is continued on the same numbers only."""
     num_windows: int
     learns_all: bool
-    """Whether no weight rests."""
+    """Whether no weight rests but those of which the count of operations knows."""
 
     def prepare(self, model: Any) -> None:
         """Change a model as it was built before the engine takes it."""
@@ -125,8 +125,13 @@ class Work(Protocol[Result]):
         """Return the validation error; `show` takes some forecasts out. Collective."""
         ...
 
-    def start_error(self, like: Any) -> float | None:
-        """Return that of what training starts from, in the precision of `like`. Collective."""
+    def start_error(self, like: Any, begun: float) -> float | None:
+        """Return that of what training starts from, if it can be handed over. Collective.
+
+        Args:
+            like: the model before its first step, whose precision is taken.
+            begun: its error.
+        """
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -221,16 +226,17 @@ class Course(Generic[Result]):
 
     def _see_start(self, engine: Engine) -> None:
         """Measure the start as it was pretrained, and the model before its first step."""
-        start_error = self.work.start_error(engine.model)
+        begun = self.work.error(engine.model)
+        start_error = self.work.start_error(engine.model, begun)
         if start_error is not None:
             self.guard.set_start(start_error)
-        self.guard.add(0, self.work.error(engine.model))
+        self.guard.add(0, begun)
         if self.ranks.is_first:
             of_start = self.guard.start_error
             logger.info(
                 "validation %s before the first step %.4f%s",
                 self.work.error_name, self.guard.errors[0],
-                "" if of_start is None else f", of the start as it was pretrained {of_start:.4f}",
+                "" if of_start in (None, begun) else f", of the start as it was {of_start:.4f}",
             )  # fmt: skip
 
     def _go_through_steps(self, engine: Engine, saver: CheckpointSaver, stop: StopRequest) -> int:

@@ -97,7 +97,7 @@ class TableWork:
         """Return the mean squared error of validation forecasts. Collective."""
         return self.validation.error(model, show)
 
-    def start_error(self, like: TimeTracker) -> float | None:
+    def start_error(self, like: TimeTracker, begun: float) -> float | None:  # noqa: ARG002
         """Return that of the start as it was pretrained. Collective."""
         if self.start is None:
             return None

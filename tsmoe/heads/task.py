@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tsmoe.config import Section
 
 Pooling = Literal["flatten", "mean_max"]
-Shortcut = Literal["from_mean", "from_last"]
+Shortcut = Literal["from_mean", "from_last", "least_squares"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,10 @@ class ForecastHeadConfig(Section):
     dropout: float = 0.0
     """On the tokens, while training."""
     shortcut: Shortcut | None = None
-    """Add a linear map of the window itself, so that tokens learn what departs from it; it begins
-    as the window's mean, or as its last value (where that is not observed, as the mean; as 0 in
-    windows that are not normalised). Ours for PatchMoE: the global residual of TiDE
+    """Add a linear map of the window itself, so that tokens learn what departs from it. It learns
+    too, and begins as the window's mean, or as its last value (where that is not observed, as the
+    mean; as 0 in windows that are not normalised); or it is least squares over the training
+    windows, found before the first step, and rests. Ours for PatchMoE: the global residual of TiDE
     (arXiv 2304.08424)."""
 
 
@@ -71,6 +72,7 @@ class ForecastHead(nn.Module):
         self.begins_with_last = config.shortcut == "from_last"
         if config.shortcut is not None:
             self.shortcut = nn.Linear(context_length, config.prediction_length, bias=False)
+            self.shortcut.requires_grad_(config.shortcut != "least_squares")
 
     def forward(self, tokens_BCND: Tensor, is_seen_BCN: Tensor, window_BCL: Tensor) -> Tensor:  # noqa: ARG002
         """Return prediction_BCQ in normalised units."""
@@ -80,7 +82,10 @@ class ForecastHead(nn.Module):
         return prediction_BCQ
 
     def begin_with_shortcut(self) -> None:
-        """Set weights such that the forecast is the window's mean, or its last value."""
+        """Set weights such that the forecast is the window's mean, or its last value.
+
+        What is to be least squares is the mean until it is fitted.
+        """
         if self.shortcut is not None:
             for parameter in (self.project.weight, self.project.bias, self.shortcut.weight):
                 nn.init.zeros_(parameter)

@@ -186,7 +186,7 @@ class PatchMoE(nn.Module):
             ValueError: for another length, an unknown task, or none given where there are several.
         """
         task = self._check(values_BCL, task)
-        loc_BC1, scale_BC1 = self._statistics(values_BCL, observed_BCL)
+        loc_BC1, scale_BC1 = self.statistics(values_BCL, observed_BCL)
         normalised_BCL = torch.where(observed_BCL, (values_BCL - loc_BC1) / scale_BC1, 0)
         if self.config.fills_gaps:
             normalised_BCL = fill_by_lines(normalised_BCL, observed_BCL)
@@ -246,7 +246,7 @@ class PatchMoE(nn.Module):
             raise ValueError(f"task is {task}; the model has {', '.join(self.tasks) or 'none'}")
         return task
 
-    def _statistics(self, values_BCL: Tensor, observed_BCL: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, values_BCL: Tensor, observed_BCL: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of what is observed of each variate, float32."""
         if not self.config.normalises_windows:
             zero_BC1 = torch.zeros_like(values_BCL[..., :1], dtype=torch.float32)

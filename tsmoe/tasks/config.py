@@ -51,7 +51,8 @@ class ForecastTaskConfig(Section):
     head_dropout: float = 0.0
     """On the tokens that the head sees, while training."""
     shortcut: Shortcut | None = None
-    """Add a linear map of the window, which begins as its mean or its last value (ours)."""
+    """Add a linear map of the window, which begins as its mean or its last value and learns, or is
+    least squares over the training windows and rests (ours)."""
     is_univariate: bool = False
     """Every variate makes windows of its own, so that balance is asked of all of them together."""
     columns: list[str] | None = None
@@ -83,7 +84,8 @@ class SeriesTaskConfig(Section):
     head_dropout: float = 0.0
     """On the tokens that the head sees, while training."""
     shortcut: Shortcut | None = None
-    """Add a linear map of the window, which begins as its mean or its last value (ours)."""
+    """Add a linear map of the window, which begins as its mean or its last value and learns, or is
+    least squares over the training windows and rests (ours)."""
     season: int | None = None
     """Points in a season, for errors and baselines; null: that of the interval, 1 for weeks (as in
     the M4 competition)."""

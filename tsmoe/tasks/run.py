@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tsmoe.finetune.order import (
     share_of_rank,
     uniformly_spaced,
 )
+from tsmoe.heads.task import ForecastHead, ForecastHeadConfig
 from tsmoe.models import complete_model
 from tsmoe.models.patch_moe import PatchMoE, PatchMoEConfig
 from tsmoe.nn.matmul import exact_onednn_matmul
@@ -46,6 +48,7 @@ from tsmoe.tasks.config import (
     TaskRun,
     TaskRunConfig,
 )
+from tsmoe.tasks.fitted_shortcut import fit_shortcut
 from tsmoe.tasks.forecast import TableForecastTask
 from tsmoe.tasks.imputation import ImputationTask
 from tsmoe.tasks.objective import TaskObjective, validation_errors
@@ -169,8 +172,17 @@ class TaskWork:
         self.fingerprint = " ".join(task.fingerprint for task in tasks.values())
         self.num_windows = sum(task.num_train for task in tasks.values())
 
+    @torch.no_grad()
     def prepare(self, model: PatchMoE) -> None:
-        """Leave the model as it was built: all of it learns."""
+        """Fit shortcuts that are least squares, which rest; all else learns. Collective."""
+        for name, config in self.run.model.heads.items():
+            if isinstance(config, ForecastHeadConfig) and config.shortcut == "least_squares":
+                task = self.tasks[name]
+                weight_QL = self.ranks.on_first(partial(fit_shortcut, task, model))
+                head = model.heads[name]
+                assert isinstance(head, ForecastHead)
+                assert head.shortcut is not None, "asked for"
+                head.shortcut.weight.copy_(weight_QL)
 
     def micro_batches(self, step: int, ranks: Ranks) -> list[WindowBatch]:
         """Return this rank's micro-batches of a step."""
@@ -208,9 +220,11 @@ class TaskWork:
         errors = [self._error_of(model, task, show) for task in self.tasks.values()]
         return math.fsum(errors) / len(errors)
 
-    def start_error(self, like: PatchMoE) -> float | None:  # noqa: ARG002
-        """There is no start: models are trained from scratch."""
-        return None
+    def start_error(self, like: PatchMoE, begun: float) -> float | None:  # noqa: ARG002
+        """Return the error before the first step where that is a forecast, not chance."""
+        heads = self.run.model.heads.values()
+        begins_sensibly = all(getattr(head, "shortcut", None) is not None for head in heads)
+        return begun if begins_sensibly else None
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that a checkpoint names, with the model that the tasks ask for."""
@@ -237,16 +251,24 @@ class TaskWork:
         """Write the package of the best weights, and judge them on the test parts.
 
         Raises:
-            TrainingError: if nothing learned is better than the weights of the beginning.
+            TrainingError: if nothing learned is better than the weights of the beginning, and these
+                are no forecast.
         """
         folder, step = Path(self.run.run), guard.best_step
         early = "" if failure is None else f"; training broke off: {failure}"
-        if step is None or guard.errors[step] >= guard.errors[0]:
+        is_start = step == 0 and guard.start_error is not None
+        if step is None or (guard.errors[step] >= guard.errors[0] and not is_start):
             raise TrainingError(
                 f"{folder}: nothing learned is better on validation than the weights it began "
                 f"with (error {guard.errors.get(0, math.nan):.4f}); lower optimizer.lr{early}"
             )
         verdict = f"best after step {step}: validation error {guard.errors[step]:.4f}{early}"
+        if is_start:
+            verdict = (
+                "nothing learned is better on validation than the shortcut it began with (error "
+                f"{guard.errors[0]:.4f}), so the package holds that; a lower optimizer.lr or a "
+                f"smaller model may help{early}"
+            )
         logger.info("%s: %s", folder, verdict)
         model = model_from_checkpoint(*open_checkpoint(folder / "checkpoints" / step_folder(step)))
         assert isinstance(model, PatchMoE)

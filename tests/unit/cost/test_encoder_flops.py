@@ -38,6 +38,10 @@ VARIANTS = {
     "shortcut": replace(
         SMALL, heads={"forecast": ForecastHeadConfig(prediction_length=24, shortcut="from_mean")}
     ),
+    "fitted shortcut": replace(
+        SMALL,
+        heads={"forecast": ForecastHeadConfig(prediction_length=24, shortcut="least_squares")},
+    ),
     "fills": replace(SMALL, heads={"fill": ReconstructionHeadConfig()}),
 }
 

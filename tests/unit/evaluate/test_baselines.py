@@ -3,7 +3,8 @@ import pytest
 
 from tsmoe.errors import ConfigError, DataError
 from tsmoe.evaluate.baselines import Naive, SeasonalNaive, fill_gaps, season_length
-from tsmoe.evaluate.linear import MAX_FIT_ROWS, Linear, fit_linear, fitted_windows
+from tsmoe.evaluate.least_squares import MAX_FIT_ROWS, fitted_windows
+from tsmoe.evaluate.linear import Linear, fit_linear
 from tsmoe.evaluate.protocol import ltsf_borders
 
 NAN = np.nan

@@ -177,7 +177,7 @@ def test_shortcut_is_a_linear_map_of_the_normalised_window(values_BCL) -> None:
     with torch.no_grad():
         model.heads["ahead"].shortcut.weight.copy_(shortcut_QL)
     added_BCQ = model(values_BCL, shown).prediction - plain(values_BCL, shown).prediction
-    loc_BC1, scale_BC1 = plain._statistics(values_BCL, shown)
+    loc_BC1, scale_BC1 = plain.statistics(values_BCL, shown)
     window_BCL = torch.where(shown, (values_BCL - loc_BC1) / scale_BC1, 0)
     torch.testing.assert_close(added_BCQ, window_BCL @ shortcut_QL.T * scale_BC1, atol=1e-4, rtol=0)
 

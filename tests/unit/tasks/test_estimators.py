@@ -103,6 +103,7 @@ def test_settings_survive_a_clone_and_seeds_decide() -> None:
     model = clone(PatchMoEForecaster(SHORT, seed=3))
     assert model.get_params() == {"settings": SHORT, "run": None, "seed": 3, "device": "auto"}
     settings = [*SHORT, "training.steps=2", "training.validate_every_steps=1",
+                "tasks.forecast.shortcut=from_mean",
                 "tasks.forecast.prediction_length=8"]  # fmt: skip
     first, again, other = (
         PatchMoEForecaster(settings, seed=seed).fit(waves()).predict() for seed in (1, 1, 2)
