@@ -43,6 +43,24 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         "full",
         ["few_shot=0.1", "optimizer.lr=0.0005", "dropout=0.2", "training.steps=600"],
     ),
+    "shortcut": (
+        "full",
+        [
+            "linear_shortcut=learned",
+            "optimizer.lr=0.0005",
+            "dropout=0.2",
+            "training.steps=600",
+        ],
+    ),
+    "fitted": (
+        "full",
+        [
+            "linear_shortcut=least_squares",
+            "optimizer.lr=0.0005",
+            "dropout=0.2",
+            "training.steps=600",
+        ],
+    ),
     "bad_lr": ("full", ["optimizer.lr=3.0", "training.steps=60"]),
 }
 

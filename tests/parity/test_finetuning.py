@@ -40,13 +40,14 @@ KINDS: dict[str, Settings] = {
     "low_rank": {"trainable": {"trains": "low_rank", "freezes_routers": True}},
     "lr_scales": {"optimizer": {"lr_scales": {"head": 3.0, "experts": 0.1}}},
     "mixed": MIXED,
-    "shortcut": {"linear_shortcut": True},
+    "shortcut": {"linear_shortcut": "learned"},
+    "fitted": {"linear_shortcut": "least_squares"},
 }
 PASSES: Settings = {"training": {"micro_batch_size": 4}}
 VARIANTS = [
     ("all", {}),
     *((kind, spread(1, 2)) for kind in KINDS),
-    *((kind, spread(3, 2)) for kind in ("all", "head", "low_rank", "mixed", "shortcut")),
+    *((kind, spread(3, 2)) for kind in ("all", "head", "low_rank", "mixed", "shortcut", "fitted")),
     ("experts", spread(2, 1)),
     ("mixed", {}),
 ]
@@ -132,7 +133,7 @@ def test_what_is_to_rest_rests_on_any_number_of_ranks(folder, alone, together, v
                 assert not rests["blocks.1.feed_forward.always_on.down.weight"]
             case _:
                 assert not rests["embed.values.weight"]
-        if variant[0] == "shortcut":
+        if variant[0] in ("shortcut", "fitted"):
             assert np.abs(found["weights"]["shortcut.project.weight"]).max() > 1e-3
 
 

@@ -24,15 +24,23 @@ class NormalEquations:
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         self.inputs_GG = np.zeros((num_inputs, num_inputs))
         self.cross_GQ = np.zeros((num_inputs, num_outputs))
-        self.target_energy, self.rows = 0.0, 0
+        self.target_energy_Q = np.zeros(num_outputs)
+        self.rows = 0
 
     def add(self, inputs_RG: np.ndarray, target_RQ: np.ndarray) -> None:
         """See some rows."""
         inputs_RG = inputs_RG.astype(np.float64, copy=False)
         self.inputs_GG += inputs_RG.T @ inputs_RG
         self.cross_GQ += inputs_RG.T @ target_RQ
-        self.target_energy += float(np.square(target_RQ, dtype=np.float64).sum())
+        self.target_energy_Q += np.square(target_RQ, dtype=np.float64).sum(axis=0)
         self.rows += len(inputs_RG)
+
+    def merge(self, other: NormalEquations) -> None:
+        """See the rows that another has seen."""
+        self.inputs_GG += other.inputs_GG
+        self.cross_GQ += other.cross_GQ
+        self.target_energy_Q += other.target_energy_Q
+        self.rows += other.rows
 
     def solve(self, ridge: float, *, num_free: int = 0) -> np.ndarray:
         """Return weight_GQ; the last `num_free` inputs, such as a constant, are not shrunk."""
@@ -42,10 +50,10 @@ class NormalEquations:
         penalty_G[shrunk:] = 0.0
         return np.linalg.solve(self.inputs_GG + np.diag(penalty_G), self.cross_GQ)
 
-    def squared_error(self, weight_GQ: np.ndarray) -> float:
-        """Sum the squared errors that the map makes on these rows, without seeing them again."""
-        explained = np.sum(weight_GQ * (self.inputs_GG @ weight_GQ))
-        return float(explained - 2 * np.sum(weight_GQ * self.cross_GQ) + self.target_energy)
+    def squared_errors(self, weight_GQ: np.ndarray) -> np.ndarray:
+        """Sum, for each output, the squared errors of a map on these rows, unseen again."""
+        explained_Q = np.sum(weight_GQ * (self.inputs_GG @ weight_GQ), axis=0)
+        return explained_Q - 2 * np.sum(weight_GQ * self.cross_GQ, axis=0) + self.target_energy_Q
 
 
 def fit_ridge(
@@ -57,16 +65,16 @@ def fit_ridge(
         weight_GQ and the strength.
     """
     fitted = [(train.solve(ridge, num_free=num_free), ridge) for ridge in RIDGE_GRID]
-    return min(fitted, key=lambda found: validation.squared_error(found[0]))
+    return min(fitted, key=lambda found: validation.squared_errors(found[0]).sum())
 
 
-def fitted_windows(windows: int, num_variates: int) -> np.ndarray:
-    """Choose which windows to fit on: all, or as many as give `MAX_FIT_ROWS` rows.
+def fitted_windows(windows: int, num_variates: int, *, max_rows: int = MAX_FIT_ROWS) -> np.ndarray:
+    """Choose which windows to fit on: all, or as many as give `max_rows` rows.
 
     Drawn at random with a fixed seed. A regular stride would do as well, except where it shares
     a factor with the season: a stride of 24 on hourly data shows one hour of the day only.
     """
-    most = max(1, MAX_FIT_ROWS // num_variates)
+    most = max(1, max_rows // num_variates)
     if windows <= most:
         return np.arange(windows)
     logger.info("least squares: fits on %d of %d windows", most, windows)

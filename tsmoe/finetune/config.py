@@ -142,9 +142,11 @@ class FinetuneConfig(Section):
     seed: int = 0
     dropout: float | None = None
     """While fine-tuning; null: as the start was trained."""
-    linear_shortcut: bool | None = None
-    """Add a linear map of the context to the forecast, which starts at zero; null: as the start
-    has it. Ours, see `LinearShortcut`."""
+    linear_shortcut: Literal["learned", "least_squares"] | None = None
+    """Add a linear map of the context to the forecast: it starts at zero and is `learned` with the
+    rest, or is the `least_squares` of what a share of the start's forecast misses in training
+    windows, and rests.
+    null: as the start has it. Ours, see `LinearShortcut`."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     training: FinetuneTrainingConfig = field(default_factory=FinetuneTrainingConfig)

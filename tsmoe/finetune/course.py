@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -105,8 +106,13 @@ class Work(Protocol[Result]):
     learns_all: bool
     """Whether no weight rests but those of which the count of operations knows."""
 
-    def prepare(self, model: Any) -> None:
-        """Change a model as it was built before the engine takes it."""
+    def prepare(self, model: Any, *, begins: bool) -> None:
+        """Change a model as it was built before the engine takes it. Collective.
+
+        Args:
+            model: of this rank.
+            begins: whether the run does; else weights come from a checkpoint.
+        """
         ...
 
     def micro_batches(self, step: int, ranks: Ranks) -> list[WindowBatch]:
@@ -184,7 +190,8 @@ class Course(Generic[Result]):
         return outcome, self._hand_over() if self.ranks.is_first else None
 
     def _train(self, found: tuple[Path, CheckpointMeta] | None, stop: StopRequest) -> Outcome:
-        engine = build_engine(self.run, self.ranks, prepare=self.work.prepare)
+        prepare = partial(self.work.prepare, begins=found is None)
+        engine = build_engine(self.run, self.ranks, prepare=prepare)
         if found is not None:
             folder, meta = found
             with StateReader(folder, meta) as reader:

@@ -14,6 +14,7 @@ from tsmoe.batch import WindowBatch
 from tsmoe.config import encode
 from tsmoe.finetune.config import FinetuneConfig, FinetuneRun
 from tsmoe.finetune.course import Course
+from tsmoe.finetune.fitted_shortcut import FittedShortcut, fit_shortcut
 from tsmoe.finetune.guard import Guard
 from tsmoe.finetune.memory import check_memory
 from tsmoe.finetune.result import RunResult, hand_over
@@ -22,7 +23,7 @@ from tsmoe.finetune.table import SplitTable, open_table
 from tsmoe.finetune.trainable import prepare_finetuning
 from tsmoe.finetune.validation import Validation
 from tsmoe.finetune.windows import TableWindows
-from tsmoe.models import complete_model
+from tsmoe.models import build_model, complete_model
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.ranks import CommunicationMeter, Ranks
 from tsmoe.train.held_out import HeldOutForecasts
@@ -74,11 +75,24 @@ class TableWork:
         self.source = split.table.path
         self.fingerprint = split.fingerprint
         self.num_windows = self.windows.num_windows
-        self.learns_all = run.config.trainable.learns_all
+        self.fits_shortcut = run.config.linear_shortcut == "least_squares"
+        self.learns_all = run.config.trainable.learns_all and not self.fits_shortcut
 
-    def prepare(self, model: TimeTracker) -> None:
-        """Load the start into the model, then say what learns."""
+    def prepare(self, model: TimeTracker, *, begins: bool) -> None:
+        """Load the start into the model, fit its shortcut, then say what learns. Collective."""
         prepare(model, run=self.run, start=self.start)
+        if self.fits_shortcut and begins:
+            fitted = self.ranks.on_first(self._fitted_shortcut)
+            assert model.shortcut is not None, "asked for"
+            model.shortcut.project.weight.data.copy_(fitted.weight)
+            for parameter in model.head.parameters():
+                parameter.data.mul_(fitted.share)
+
+    def _fitted_shortcut(self) -> FittedShortcut:
+        """Fit it to what the whole model leaves over, which this rank may hold a part of."""
+        whole = build_model(self.run.model, seed=self.run.seed)
+        prepare_start(whole, run=self.run, start=self.start)
+        return fit_shortcut(whole, self.windows, self.ranks.device)
 
     def micro_batches(self, step: int, ranks: Ranks) -> list[WindowBatch]:
         """Return this rank's micro-batches of a step."""
@@ -133,6 +147,23 @@ class TableWork:
 
 def prepare(model: TimeTracker, *, run: FinetuneRun, start: Start | None) -> None:
     """Load the start into the model, then say what learns."""
+    prepare_start(model, run=run, start=start)
+    prepare_finetuning(
+        model,
+        run.config.trainable,
+        seed=run.seed,
+        shortcut_learns=run.config.linear_shortcut != "least_squares",
+    )
+
+
+@torch.no_grad()
+def prepare_start(model: TimeTracker, *, run: FinetuneRun, start: Start | None) -> None:
+    """Make the model what it is before anything is learned.
+
+    From scratch nothing is forecast beside a shortcut that is fitted, for it to miss.
+    """
     if start is not None:
         start.load_into(model)
-    prepare_finetuning(model, run.config.trainable, seed=run.seed)
+    elif run.config.linear_shortcut == "least_squares":
+        for parameter in model.head.parameters():
+            parameter.zero_()

@@ -118,10 +118,10 @@ def resolve_run(config: FinetuneConfig, start: Start | None) -> FinetuneRun:
             raise ConfigError(f"dropout ({config.dropout}) must be at least 0 and below 1")
         changes["dropout"] = config.dropout
     if config.linear_shortcut is not None:
-        if model.linear_shortcut and not config.linear_shortcut:
+        if start is not None and model.linear_shortcut:
             raise ConfigError(
-                "linear_shortcut is false, but the model has one, without which it forecasts "
-                "something else; leave the setting out"
+                f"linear_shortcut is {config.linear_shortcut}, but {config.start} has one already, "
+                "which goes on learning; leave the setting out"
             )
-        changes["linear_shortcut"] = config.linear_shortcut
+        changes["linear_shortcut"] = True
     return FinetuneRun(config=config, model=replace(model, **changes))

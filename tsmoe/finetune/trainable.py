@@ -16,8 +16,8 @@ from tsmoe.moe.layer import MoELayer
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableConfig(Section):
-    """What learns. A linear shortcut, and what is only of use where layers mix variates, learns in
-    any case."""
+    """What learns. What is only of use where layers mix variates learns in any case, and so does a
+    linear shortcut that is not fitted."""
 
     trains: Literal["all", "head", "experts", "low_rank"] = "all"
     """`head`: the head and the norm before it; `experts`: routed and shared experts; `low_rank`:
@@ -33,7 +33,13 @@ class TrainableConfig(Section):
         return self.trains == "all" and not self.freezes_routers
 
 
-def prepare_finetuning(model: TimeTracker, config: TrainableConfig, *, seed: int = 0) -> None:
+def prepare_finetuning(
+    model: TimeTracker,
+    config: TrainableConfig,
+    *,
+    seed: int = 0,
+    shortcut_learns: bool = True,
+) -> None:
     """Insert low-rank additions if wanted, and let learn what the config says.
 
     Raises:
@@ -59,7 +65,7 @@ def prepare_finetuning(model: TimeTracker, config: TrainableConfig, *, seed: int
         if name.endswith("_variate_bias_H") or name in mixing:
             learns = name in mixing
         elif name.startswith("shortcut."):
-            learns = True
+            learns = shortcut_learns
         elif routers and name.startswith(routers) and config.freezes_routers:
             learns = False
         else:

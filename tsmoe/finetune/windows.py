@@ -41,6 +41,8 @@ class Geometry:
     patch_length: int
     prediction_length: int
     """Points from the origin on that are learned."""
+    last_patch: int
+    """Patches between the context and the last one that is forecast in one pass."""
 
     @classmethod
     def of(cls, run: FinetuneRun) -> Geometry:
@@ -55,6 +57,7 @@ class Geometry:
             after=gap + model.patch_length,
             patch_length=model.patch_length,
             prediction_length=min(table.prediction_length, gap + model.patch_length),
+            last_patch=gap // model.patch_length,
         )
 
 
@@ -73,6 +76,7 @@ class TableWindows:
             DataError: if few-shot leaves no window.
         """
         self._run, self._split = run, split
+        self.source = split.table.path
         self.geometry = geometry = Geometry.of(run)
         table = run.config.table
         first = context_rows(run)
@@ -104,6 +108,11 @@ class TableWindows:
         """Windows of one pass through the data; without mixing each variate makes its own."""
         return len(self._choices)
 
+    @property
+    def num_rows(self) -> int:
+        """Variates of a window."""
+        return self._split.num_variates if self.is_mixed else 1
+
     def micro_batches(self, step: int, ranks: Ranks) -> list[WindowBatch]:
         """Return this rank's micro-batches of a step."""
         training = self._run.training
@@ -117,6 +126,10 @@ class TableWindows:
                 global_batch_size=training.global_batch_size,
             )
         ]
+
+    def batch_of(self, numbers: Integers) -> WindowBatch:
+        """Cut windows by their numbers, which go up with time, on the CPU."""
+        return self._cut(self._choices[numbers], 0)
 
     def _with_targets(self) -> Integers:
         """Return the windows of which something can be learned, by origin and, unmixed, variate."""

@@ -47,6 +47,28 @@ class LinearShortcut(nn.Module):
             statistics: of each token.
             spans: of packed windows; a token sees points of its own series alone.
         """
+        seen_BCNW, gap_BCN = self.see(values_BCL, observed_BCL, statistics, spans)
+        ahead = self.project(seen_BCNW.to(self.project.weight.dtype))
+        if self.lookahead_patches == 1:
+            return ahead
+        ahead = ahead.unflatten(-1, (self.lookahead_patches, self.patch_length))
+        index = gap_BCN[..., None, None].expand(-1, -1, -1, 1, self.patch_length)
+        return ahead.gather(3, index).squeeze(3)
+
+    def see(
+        self,
+        values_BCL: Tensor,
+        observed_BCL: Tensor,
+        statistics: InstanceStatistics,
+        spans: SeriesSpans | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the map of each token sees, and which map it is. Arguments as above.
+
+        Returns:
+            The points up to the token's end, normalised, 0 where not observed, of shape
+            (B, C, N, W); and how many whole patches are missing before that end, int64 of shape
+            (B, C, N), at most `lookahead_patches` - 1.
+        """
         count = statistics.loc_BCN1.shape[2]
         missing = (count - 1) * self.patch_stride + self.num_points - values_BCL.shape[-1]
         values_BCNW, seen_BCNW = (
@@ -56,17 +78,13 @@ class LinearShortcut(nn.Module):
         if spans is not None:
             seen_BCNW = seen_BCNW & self._is_of_series(spans)
         values_BCNW = (values_BCNW - statistics.loc_BCN1) / statistics.scale_BCN1
-        values_BCNW = torch.where(seen_BCNW, values_BCNW, 0)
-        ahead = self.project(values_BCNW.to(self.project.weight.dtype))
-        if self.lookahead_patches == 1:
-            return ahead
         place_W = torch.arange(1, self.num_points + 1, device=values_BCL.device)
         last_BCN = torch.where(seen_BCNW, place_W, 0).amax(-1)
         gap_BCN = (self.num_points - last_BCN) // self.patch_length
-        gap_BCN = gap_BCN.clamp(max=self.lookahead_patches - 1)
-        ahead = ahead.unflatten(-1, (self.lookahead_patches, self.patch_length))
-        index = gap_BCN[..., None, None].expand(-1, -1, -1, 1, self.patch_length)
-        return ahead.gather(3, index).squeeze(3)
+        return (
+            torch.where(seen_BCNW, values_BCNW, 0),
+            gap_BCN.clamp(max=self.lookahead_patches - 1),
+        )
 
     def _is_of_series(self, spans: SeriesSpans) -> Tensor:
         """Return bool of shape (B, C, N, W): which of the points are of the token's series."""

@@ -173,9 +173,9 @@ class TaskWork:
         self.num_windows = sum(task.num_train for task in tasks.values())
 
     @torch.no_grad()
-    def prepare(self, model: PatchMoE) -> None:
+    def prepare(self, model: PatchMoE, *, begins: bool) -> None:
         """Fit shortcuts that are least squares, which rest; all else learns. Collective."""
-        for name, config in self.run.model.heads.items():
+        for name, config in self.run.model.heads.items() if begins else ():
             if isinstance(config, ForecastHeadConfig) and config.shortcut == "least_squares":
                 task = self.tasks[name]
                 weight_QL = self.ranks.on_first(partial(fit_shortcut, task, model))

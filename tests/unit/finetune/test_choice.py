@@ -77,7 +77,7 @@ def test_of_a_new_shortcut_the_share_is_taken_too(done, tmp_path: Path) -> None:
     config = small_finetune(
         tmp_path / "run",
         Path(done[0].config.table.path),
-        {"training": {"steps": 2}, "linear_shortcut": True},
+        {"training": {"steps": 2}, "linear_shortcut": "learned"},
         start=Path(done[0].config.start),
     )
     finetune(config)

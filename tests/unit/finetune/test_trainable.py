@@ -58,6 +58,12 @@ def test_a_shortcut_learns_whatever_else_does(trains) -> None:
     assert "shortcut.project.weight" in learning(model)
 
 
+def test_a_shortcut_that_is_fitted_rests() -> None:
+    model = model_of(linear_shortcut=True)
+    prepare_finetuning(model, TrainableConfig(), shortcut_learns=False)
+    assert "shortcut.project.weight" not in learning(model)
+
+
 def test_routers_rest_where_wanted() -> None:
     model = model_of()
     prepare_finetuning(model, TrainableConfig(freezes_routers=True))
@@ -116,7 +122,7 @@ def test_start_that_is_none_is_refused(tmp_path) -> None:
 
 
 def test_start_is_at_first_what_it_was_with_a_new_shortcut(lay_out, folder) -> None:
-    run, _ = lay_out({"linear_shortcut": True})
+    run, _ = lay_out({"linear_shortcut": "learned"})
     start = open_start(str(folder / "package"))
     model = build_model(run.model, seed=9).eval()
     start.load_into(model)
@@ -129,8 +135,8 @@ def test_a_shortcut_that_the_model_has_stays(lay_out, folder) -> None:
     start = open_start(str(folder / "package"))
     start = replace(start, model=replace(start.model, linear_shortcut=True))
     assert resolve_run(run.config, start).model.linear_shortcut
-    config = replace(run.config, linear_shortcut=False)
-    with pytest.raises(ConfigError, match="linear_shortcut is false, but the model has one"):
+    config = replace(run.config, linear_shortcut="least_squares")
+    with pytest.raises(ConfigError, match="linear_shortcut is least_squares, but .* has one"):
         resolve_run(config, start)
 
 
