@@ -68,6 +68,12 @@ def choose(
         step = _step_from_scratch(run, guard, early)
         model, error = _learned(run, step), guard.errors[step]
         verdict = f"best after step {step}: validation MSE {error:.4f}{early}"
+        if step == 0:
+            verdict = (
+                "nothing learned is better on validation than the shortcut it began with (MSE "
+                f"{error:.4f}), so the package holds that; a lower optimizer.lr or a smaller model "
+                f"may help{early}"
+            )
         return Choice(
             model=model, is_start=False, step=step, share=1.0, errors_by_share={}, verdict=verdict
         )
@@ -108,6 +114,8 @@ def choose(
 
 def _step_from_scratch(run: FinetuneRun, guard: Guard, early: str) -> int:
     step = guard.best_step
+    if step == 0:  # which counts where a shortcut was fitted
+        return step
     if step is None or guard.errors[step] >= guard.errors[0]:
         raise TrainingError(
             f"{run.run}: nothing learned from scratch is better on validation than the random "

@@ -111,10 +111,10 @@ class TableWork:
         """Return the mean squared error of validation forecasts. Collective."""
         return self.validation.error(model, show)
 
-    def start_error(self, like: TimeTracker, begun: float) -> float | None:  # noqa: ARG002
-        """Return that of the start as it was pretrained. Collective."""
+    def start_error(self, like: TimeTracker, begun: float) -> float | None:
+        """Return that of the start as it was pretrained, or of a fitted shortcut. Collective."""
         if self.start is None:
-            return None
+            return begun if self.fits_shortcut else None
         model = self.start.build().to(self.ranks.device)
         # In the precision that what learns is validated in.
         dtype = like.get_parameter("embed.values.weight").dtype

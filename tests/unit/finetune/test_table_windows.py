@@ -35,7 +35,12 @@ def test_window_holds_what_a_forecast_sees_and_what_follows(lay_out) -> None:
     run, split = lay_out()
     windows = TableWindows(run, split)
     assert windows.geometry == Geometry(
-        context_length=BEFORE, before=BEFORE, after=AFTER, patch_length=16, prediction_length=32
+        context_length=BEFORE,
+        before=BEFORE,
+        after=AFTER,
+        patch_length=16,
+        prediction_length=32,
+        last_patch=1,
     )
     assert len(windows.origins) == split.borders.train_end - CONTEXT - 32 + 1
     batch = windows.micro_batches(0, Ranks())[0]

@@ -136,7 +136,7 @@ def test_a_shortcut_that_the_model_has_stays(lay_out, folder) -> None:
     start = replace(start, model=replace(start.model, linear_shortcut=True))
     assert resolve_run(run.config, start).model.linear_shortcut
     config = replace(run.config, linear_shortcut="least_squares")
-    with pytest.raises(ConfigError, match="linear_shortcut is least_squares, but .* has one"):
+    with pytest.raises(ConfigError, match=r"linear_shortcut is least_squares, but .* has one"):
         resolve_run(config, start)
 
 
