@@ -64,5 +64,5 @@ def test_picture_leaves_out_what_has_no_figure(patch_moe, tmp_path) -> None:
         }
         for router, seed, value in (("a", 0, 1.0), ("a", 1, None), ("b", 0, 1.1), ("c", 0, None))
     ]
-    patch_moe.draw(patch_moe.SUITES["forecast"], cells, tmp_path / "found.png")
+    patch_moe.draw("mse", cells, tmp_path / "found.png")
     assert (tmp_path / "found.png").stat().st_size > 5_000
