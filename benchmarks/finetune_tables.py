@@ -23,6 +23,8 @@ from tsmoe.evaluate.baselines import season_length
 
 TABLES = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "weather")
 
+STRONG = ["optimizer.lr=0.0005", "dropout=0.2", "training.steps=600"]
+
 # Preset and settings of each row, beside model=, data= and run=.
 ROWS: dict[str, tuple[str, list[str]]] = {
     "full": ("full", []),
@@ -38,29 +40,12 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "no_mixture": ("full", ["stopping.mixes_with_start=false"]),
     "all_tokens": ("full", ["training.loss_on=all"]),
     "more_dropout": ("full", ["dropout=0.3"]),
-    "strong": ("full", ["optimizer.lr=0.0005", "dropout=0.2", "training.steps=600"]),
-    "strong_10": (
-        "full",
-        ["few_shot=0.1", "optimizer.lr=0.0005", "dropout=0.2", "training.steps=600"],
-    ),
-    "shortcut": (
-        "full",
-        [
-            "linear_shortcut=learned",
-            "optimizer.lr=0.0005",
-            "dropout=0.2",
-            "training.steps=600",
-        ],
-    ),
-    "fitted": (
-        "full",
-        [
-            "linear_shortcut=least_squares",
-            "optimizer.lr=0.0005",
-            "dropout=0.2",
-            "training.steps=600",
-        ],
-    ),
+    "strong": ("full", STRONG),
+    "strong_10": ("full", ["few_shot=0.1", *STRONG]),
+    "shortcut": ("full", ["linear_shortcut=learned", *STRONG]),
+    "shortcut_10": ("full", ["few_shot=0.1", "linear_shortcut=learned", *STRONG]),
+    "fitted": ("full", ["linear_shortcut=least_squares", *STRONG]),
+    "fitted_10": ("full", ["few_shot=0.1", "linear_shortcut=least_squares", *STRONG]),
     "bad_lr": ("full", ["optimizer.lr=3.0", "training.steps=60"]),
 }
 
