@@ -88,7 +88,7 @@ def check_same_model(meta: CheckpointMeta, config: dict[str, Any], folder: Path)
     Raises:
         CheckpointError: naming each differing key with both values.
     """
-    from tsmoe.models import complete_model
+    from tsmoe.models.older import complete_model  # torch, which `tsmoe status` does without
 
     saved = complete_model(meta.config["model"])
     differences = _differences(saved, config["model"], "model")

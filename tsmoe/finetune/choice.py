@@ -87,6 +87,12 @@ def choose(
                 f"best after step {best}{mixed}: validation MSE {error:.4f}, "
                 f"{guard.start_error:.4f} at the start{early}"
             )
+            if best == 0:
+                verdict = (
+                    "nothing learned is better on validation than the linear shortcut as it was "
+                    f"fitted (MSE {error:.4f}, {guard.start_error:.4f} at the start), so the "
+                    f"package holds that{early}"
+                )
             return Choice(
                 model=model,
                 is_start=False,

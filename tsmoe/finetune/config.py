@@ -144,9 +144,9 @@ class FinetuneConfig(Section):
     """While fine-tuning; null: as the start was trained."""
     linear_shortcut: Literal["learned", "least_squares"] | None = None
     """Add a linear map of the context to the forecast: it starts at zero and is `learned` with the
-    rest, or is the `least_squares` of what a share of the start's forecast misses in training
-    windows, and rests.
-    null: as the start has it. Ours, see `LinearShortcut`."""
+    rest; or it is the `least_squares` of what a share of the start's forecast misses in training
+    windows, and rests, while the head begins at that share, which may be 0. null: as the start has
+    it. Ours, see `LinearShortcut`."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     training: FinetuneTrainingConfig = field(default_factory=FinetuneTrainingConfig)

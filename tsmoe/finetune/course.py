@@ -232,7 +232,7 @@ class Course(Generic[Result]):
         )  # fmt: skip
 
     def _see_start(self, engine: Engine) -> None:
-        """Measure the start as it was pretrained, and the model before its first step."""
+        """Measure the start as it was, and the model before its first step."""
         begun = self.work.error(engine.model)
         start_error = self.work.start_error(engine.model, begun)
         if start_error is not None:

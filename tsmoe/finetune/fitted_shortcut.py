@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,14 +23,17 @@ from tsmoe.models.time_tracker import TimeTracker
 logger = logging.getLogger(__name__)
 
 _WINDOWS_AT_ONCE = 64
-# The model has to forecast each of them.
+
 _MOST_ROWS = 30_000
-# The last windows, on which the strength of the ridge is chosen.
+"""Of the fit: the model has to forecast each of them."""
+
+_FEWEST_WINDOWS = 10
+
 _HELD_OUT = 0.2
+"""Share of the windows, the last, on which the strength of the ridge is chosen."""
 
-
-# Of the start's forecast that may be kept beside the map.
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the start's forecast that may be kept beside the map."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,44 +47,51 @@ class FittedShortcut:
 
 
 @torch.no_grad()
-def fit_shortcut(model: TimeTracker, windows: TableWindows, device: torch.device) -> FittedShortcut:
+def fit_shortcut(
+    model: TimeTracker,
+    windows: TableWindows,
+    device: torch.device,
+    *,
+    windows_at_once: int = _WINDOWS_AT_ONCE,
+    keeps_forecast: bool = False,
+) -> FittedShortcut:
     """Fit, for each patch ahead, the map from the context to what a share of the forecast misses.
 
-    In the unit of the values, as errors are reported. Rows in which a step to forecast is not
+    In the unit of the values, as errors are reported. Rows in which a point of the patch is not
     observed are left out. Share and strength of the ridge are chosen on the last fifth of the
-    windows, by a fit to the others. Quantiles are kept whole, as their spread is no error.
+    windows (the first of which overlap the others), by a fit to the others. Quantiles are kept
+    whole, as their spread is no error.
 
     Args:
         model: whole, with a shortcut of zeros.
         windows: of the train part.
         device: to forecast on.
+        windows_at_once: that the model forecasts.
+        keeps_forecast: whether all of the forecast is kept, for a head that could not learn again.
 
     Raises:
-        DataError: if there is no row to fit on.
+        DataError: if there are too few rows to fit on.
     """
     model = model.to(device).eval()
+    config = model.config
     assert model.shortcut is not None, "what is fitted"
-    shares = (1.0,) if model.head.quantile_levels else _SHARES
-    numbers = fitted_windows(windows.num_windows, windows.num_rows, max_rows=_MOST_ROWS)
-    held_out = len(numbers) - max(1, int(len(numbers) * _HELD_OUT))
-    parts = [
-        _equations(model, windows, some, shares, device)
-        for some in (numbers[:held_out], numbers[held_out:])
-    ]
-    pairs = list(zip(*parts, strict=True))
-    if not all(early.rows and late.rows for early, late in pairs):
-        raise DataError(
-            f"{windows.source}: in too few training windows all steps of a patch to forecast are "
-            "observed, so that there is nothing to fit linear_shortcut on; use "
-            "linear_shortcut=learned"
-        )
+    is_whole = keeps_forecast or bool(model.head.quantile_levels)
+    shares = (1.0,) if is_whole else _SHARES
+    logger.info("%s: fits least squares to what the start misses", windows.source)
+    aheads = range(windows.geometry.last_patch + 1)
+    collect = partial(_pairs, model, shares=shares, device=device, windows_at_once=windows_at_once)
+    pairs = collect(windows, aheads)
+    if beyond := range(len(aheads), config.lookahead_patches):
+        # Not forecast here, but by who asks the package for more steps, or has a gap at the end.
+        all_ahead = config.lookahead_patches * config.patch_length
+        pairs += collect(windows.further(all_ahead), beyond)
     # By patch ahead, ridge and share.
     errors_JES = np.array(
         [[_errors(early, late, ridge, shares) for ridge in RIDGE_GRID] for early, late in pairs]
     )
-    best = int(errors_JES.min(axis=1).sum(axis=0).argmin())
-    length = model.config.patch_length
-    weight = np.zeros((model.config.lookahead_patches, length, model.shortcut.num_points))
+    best = int(errors_JES[: len(aheads)].min(axis=1).sum(axis=0).argmin())
+    length = config.patch_length
+    weight = np.zeros((config.lookahead_patches, length, model.shortcut.num_points))
     for ahead, (early, late) in enumerate(pairs):
         ridge = RIDGE_GRID[int(errors_JES[ahead, :, best].argmin())]
         early.merge(late)
@@ -92,6 +103,38 @@ def fit_shortcut(model: TimeTracker, windows: TableWindows, device: torch.device
     return FittedShortcut(
         weight=torch.from_numpy(weight.astype(np.float32)).flatten(0, 1), share=shares[best]
     )
+
+
+def _pairs(
+    model: TimeTracker,
+    windows: TableWindows,
+    aheads: range,
+    *,
+    shares: tuple[float, ...],
+    device: torch.device,
+    windows_at_once: int,
+) -> list[tuple[NormalEquations, NormalEquations]]:
+    """Sum up over the earlier and the later windows, for some patches ahead."""
+    numbers = fitted_windows(windows.num_windows, windows.num_rows, max_rows=_MOST_ROWS)
+    if len(numbers) < _FEWEST_WINDOWS:
+        raise DataError(
+            f"{windows.source}: linear_shortcut=least_squares needs {_FEWEST_WINDOWS} training "
+            f"windows, there are {len(numbers)}; use more of them (table.few_shot), or "
+            "linear_shortcut=learned"
+        )
+    split = len(numbers) - int(len(numbers) * _HELD_OUT)
+    early, late = (
+        _equations(model, windows, some, aheads, shares, device, windows_at_once)
+        for some in (numbers[:split], numbers[split:])
+    )
+    pairs = list(zip(early, late, strict=True))
+    if not all(early.rows and late.rows for early, late in pairs):
+        raise DataError(
+            f"{windows.source}: in none of the training windows, or of the last fifth of them, all "
+            f"{model.config.patch_length} points of a patch to forecast are observed, so that "
+            "there is nothing to fit linear_shortcut on; use linear_shortcut=learned"
+        )
+    return pairs
 
 
 def _errors(
@@ -106,18 +149,19 @@ def _equations(
     model: TimeTracker,
     windows: TableWindows,
     numbers: np.ndarray,
+    aheads: range,
     shares: tuple[float, ...],
     device: torch.device,
+    windows_at_once: int,
 ) -> list[NormalEquations]:
-    """Sum up over windows, for each patch that is forecast; outputs go by share, then by step."""
+    """Sum up over windows, for some patches ahead; outputs go by share, then by step."""
     config, shortcut = model.config, model.shortcut
     assert shortcut is not None
-    patches = windows.geometry.last_patch + 1
     outputs = len(shares) * config.patch_length
-    found = [NormalEquations(shortcut.num_points, outputs) for _ in range(patches)]
+    found = [NormalEquations(shortcut.num_points, outputs) for _ in aheads]
     per_patch = config.patch_length // config.patch_stride
-    for begin in range(0, len(numbers), _WINDOWS_AT_ONCE):
-        batch = windows.batch_of(numbers[begin : begin + _WINDOWS_AT_ONCE]).to(device)
+    for begin in range(0, len(numbers), windows_at_once):
+        batch = windows.whole_batch(numbers[begin : begin + windows_at_once]).to(device)
         output = model(**model.arguments(batch))
         target_BCNP, is_target_BCNP = target_patches(
             batch, patch_length=config.patch_length, patch_stride=config.patch_stride
@@ -129,18 +173,13 @@ def _equations(
             batch.values_BCL[..., context], batch.observed_BCL[..., context], output.statistics
         )
         last = gap_BCN.shape[2] - 1
-        for ahead, equations in enumerate(found):
-            token = last - (patches - 1 - ahead) * per_patch
-            # What of the last patch lies behind the steps to forecast is left as it is.
-            wanted = windows.geometry.prediction_length - ahead * config.patch_length
-            counts_BC = is_target_BCNP[:, :, token, :wanted].all(-1)
-            counts_BC &= gap_BCN[:, :, token] == ahead
+        for ahead, equations in zip(aheads, found, strict=True):
+            token = last - (windows.geometry.last_patch - ahead) * per_patch
+            counts_BC = is_target_BCNP[:, :, token].all(-1) & (gap_BCN[:, :, token] == ahead)
             scale_R1 = scale_BCN1[:, :, token][counts_BC]
-            target_RP = (target_BCNP - loc_BCN1)[:, :, token][counts_BC]
+            target_RP = (target_BCNP[:, :, token] - loc_BCN1[:, :, token])[counts_BC]
             point_RP = point_BCNP[:, :, token][counts_BC] * scale_R1
-            missed = [target_RP - share * point_RP for share in shares]
-            missed_RSP = torch.stack(missed, dim=1)
-            missed_RSP[..., wanted:] = 0
+            missed_RSP = torch.stack([target_RP - share * point_RP for share in shares], dim=1)
             equations.add(
                 (seen_BCNW[:, :, token][counts_BC] * scale_R1).double().cpu().numpy(),
                 missed_RSP.flatten(1).double().cpu().numpy(),

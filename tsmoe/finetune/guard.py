@@ -43,7 +43,8 @@ class Guard:
 
     patience: int
     start_error: float | None = None
-    """Of the start as it was pretrained; None from scratch."""
+    """Of the start as it was, or of a shortcut that makes a forecast before the first step; None
+    where what stands there is chance."""
     errors: dict[int, float] = field(default_factory=dict)
     """By steps done, in order."""
 
@@ -52,14 +53,14 @@ class Guard:
         self.errors[step] = error if math.isfinite(error) else math.inf
 
     def set_start(self, error: float) -> None:
-        """Note the error of the start as it was pretrained."""
+        """Note the error of the start."""
         self.start_error = error if math.isfinite(error) else math.inf
 
     @property
     def best_step(self) -> int | None:
         """Steps after which the error was lowest; None before a validation that counts.
 
-        From scratch what stands before the first step is random, so it does not count.
+        Where there is no start, what stands before the first step is chance and does not count.
         """
         finite = {step: error for step, error in self.errors.items() if math.isfinite(error)}
         if self.start_error is None:

@@ -23,7 +23,8 @@ from tsmoe.finetune.table import SplitTable, open_table
 from tsmoe.finetune.trainable import prepare_finetuning
 from tsmoe.finetune.validation import Validation
 from tsmoe.finetune.windows import TableWindows
-from tsmoe.models import build_model, complete_model
+from tsmoe.models import build_model
+from tsmoe.models.older import complete_model
 from tsmoe.models.time_tracker import TimeTracker
 from tsmoe.ranks import CommunicationMeter, Ranks
 from tsmoe.train.held_out import HeldOutForecasts
@@ -92,7 +93,15 @@ class TableWork:
         """Fit it to what the whole model leaves over, which this rank may hold a part of."""
         whole = build_model(self.run.model, seed=self.run.seed)
         prepare_start(whole, run=self.run, start=self.start)
-        return fit_shortcut(whole, self.windows, self.ranks.device)
+        config = self.run.config
+        return fit_shortcut(
+            whole,
+            self.windows,
+            self.ranks.device,
+            windows_at_once=min(64, config.training.micro_batch_size),
+            # Experts would get no gradient through a head of zeros that rests.
+            keeps_forecast=config.trainable.trains == "experts",
+        )
 
     def micro_batches(self, step: int, ranks: Ranks) -> list[WindowBatch]:
         """Return this rank's micro-batches of a step."""
@@ -112,7 +121,7 @@ class TableWork:
         return self.validation.error(model, show)
 
     def start_error(self, like: TimeTracker, begun: float) -> float | None:
-        """Return that of the start as it was pretrained, or of a fitted shortcut. Collective."""
+        """Return that of the start as it was, or from scratch of a fitted shortcut. Collective."""
         if self.start is None:
             return begun if self.fits_shortcut else None
         model = self.start.build().to(self.ranks.device)
@@ -131,7 +140,8 @@ class TableWork:
     def decisive(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a run must be continued with; the start counts by its weights."""
         sections = ("model", "start_sha256", "seed", "table", "trainable", "mixing", "optimizer")
-        found = {name: settings.get(name) for name in (*sections, "schedule", "balance", "dropout")}
+        others = ("schedule", "balance", "dropout", "linear_shortcut")
+        found = {name: settings.get(name) for name in (*sections, *others)}
         found["model"] = complete_model(found["model"] or {})
         # A baseline's alone, and which validation windows errors are compared on.
         found["table"] = {

@@ -29,7 +29,7 @@ class TrainableConfig(Section):
 
     @property
     def learns_all(self) -> bool:
-        """Whether no weight rests."""
+        """Whether no weight rests, but for a shortcut that is fitted."""
         return self.trains == "all" and not self.freezes_routers
 
 

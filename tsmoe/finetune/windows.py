@@ -10,7 +10,7 @@ Shapes: B windows, C variates, L points of a window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -110,8 +110,24 @@ class TableWindows:
 
     @property
     def num_rows(self) -> int:
-        """Variates of a window."""
-        return self._split.num_variates if self.is_mixed else 1
+        """Targets of a window."""
+        return self._split.num_targets if self.is_mixed else 1
+
+    def further(self, prediction_length: int) -> TableWindows:
+        """Lay windows out that have more steps to forecast.
+
+        Raises:
+            DataError: if the train part is too short for them.
+        """
+        table = replace(self._run.config.table, prediction_length=prediction_length)
+        run = replace(self._run, config=replace(self._run.config, table=table))
+        if self._split.borders.train_end < context_rows(run) + prediction_length:
+            raise DataError(
+                f"{self.source}: the train part has no {context_rows(run)} + {prediction_length} "
+                "rows, which the model looks ahead in one pass and linear_shortcut=least_squares "
+                "is fitted to; use linear_shortcut=learned"
+            )
+        return TableWindows(run, self._split)
 
     def micro_batches(self, step: int, ranks: Ranks) -> list[WindowBatch]:
         """Return this rank's micro-batches of a step."""
@@ -127,9 +143,18 @@ class TableWindows:
             )
         ]
 
-    def batch_of(self, numbers: Integers) -> WindowBatch:
-        """Cut windows by their numbers, which go up with time, on the CPU."""
-        return self._cut(self._choices[numbers], 0)
+    def whole_batch(self, numbers: Integers) -> WindowBatch:
+        """Cut windows by their numbers, which go up with time, on the CPU.
+
+        All that follows the context is a target, also behind the steps to forecast; mixed windows
+        have all variates.
+        """
+        items = self._choices[numbers]
+        if self.is_mixed:
+            every = np.tile(np.arange(self._split.num_variates), (len(items), 1))
+            return self._batch(self.origins[items], every, is_whole=True)
+        origins_B, variates_B = np.divmod(items, self._split.num_targets)
+        return self._batch(self.origins[origins_B], variates_B[:, None], is_whole=True)
 
     def _with_targets(self) -> Integers:
         """Return the windows of which something can be learned, by origin and, unmixed, variate."""
@@ -160,7 +185,9 @@ class TableWindows:
         covariates = np.arange(self._split.num_targets, self._split.num_variates)
         return np.concatenate((targets, covariates))
 
-    def _batch(self, origins_B: Integers, variates_BC: Integers) -> WindowBatch:
+    def _batch(
+        self, origins_B: Integers, variates_BC: Integers, *, is_whole: bool = False
+    ) -> WindowBatch:
         geometry, split = self.geometry, self._split
         place_L = np.arange(-geometry.before, geometry.after)
         is_known_BC = variates_BC >= split.num_variates - split.num_known_future
@@ -179,6 +206,8 @@ class TableWindows:
         is_target_L = place_L < geometry.prediction_length
         if self._run.training.loss_on == "horizon":
             is_target_L &= place_L >= 0
+        if is_whole:
+            is_target_L = place_L >= 0
         is_target_BCL = is_recorded_BCL & is_target_L & ~is_covariate_BC[..., None]
         return WindowBatch(
             values_BCL=torch.from_numpy(np.where(is_recorded_BCL, values_BCL, 0)),

@@ -1,9 +1,7 @@
 """The models: a new one is a file here and a line in the union and the match."""
 
-from typing import Any, overload
+from typing import overload
 
-from tsmoe.config import decode, encode
-from tsmoe.errors import ConfigError
 from tsmoe.models.patch_moe import PatchMoE, PatchMoEConfig
 from tsmoe.models.time_tracker import TimeTracker, TimeTrackerConfig
 from tsmoe.moe.experts import Experts
@@ -11,18 +9,6 @@ from tsmoe.moe.layer import ExpertFactory
 
 ModelConfig = TimeTrackerConfig | PatchMoEConfig
 Model = TimeTracker | PatchMoE
-
-
-def complete_model(section: dict[str, Any]) -> dict[str, Any]:
-    """Add the settings that are younger than what an earlier program wrote of a model.
-
-    What that was built with is their default. What is no section of a model is left as it is.
-    """
-    kind = PatchMoEConfig if section.get("type") == "patch_moe" else TimeTrackerConfig
-    try:
-        return encode(decode(kind, section, origin="checkpoint"))
-    except ConfigError:
-        return section
 
 
 @overload

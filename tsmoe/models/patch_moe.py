@@ -186,10 +186,7 @@ class PatchMoE(nn.Module):
             ValueError: for another length, an unknown task, or none given where there are several.
         """
         task = self._check(values_BCL, task)
-        loc_BC1, scale_BC1 = self.statistics(values_BCL, observed_BCL)
-        normalised_BCL = torch.where(observed_BCL, (values_BCL - loc_BC1) / scale_BC1, 0)
-        if self.config.fills_gaps:
-            normalised_BCL = fill_by_lines(normalised_BCL, observed_BCL)
+        normalised_BCL, loc_BC1, scale_BC1 = self.normalise(values_BCL, observed_BCL)
         cut = {"patch_length": self.config.patch_length, "patch_stride": self.config.patch_length}
         observed_BCNP = cut_patches(observed_BCL, **cut)
         patches_BCNP = cut_patches(normalised_BCL, **cut).to(self.embed.values.weight.dtype)
@@ -220,6 +217,17 @@ class PatchMoE(nn.Module):
                 task, tokens_BCND, is_seen_BCN, window_BCL
             )
         return TaskOutput(prediction=prediction, tokens_BCND=tokens_BCND, routings=tuple(routings))
+
+    def normalise(self, values_BCL: Tensor, observed_BCL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what embedding and shortcuts see of a window, its location and its scale.
+
+        What is not observed is 0, or on a line where `fills_gaps` says so.
+        """
+        loc_BC1, scale_BC1 = self.statistics(values_BCL, observed_BCL)
+        normalised_BCL = torch.where(observed_BCL, (values_BCL - loc_BC1) / scale_BC1, 0)
+        if self.config.fills_gaps:
+            normalised_BCL = fill_by_lines(normalised_BCL, observed_BCL)
+        return normalised_BCL, loc_BC1, scale_BC1
 
     def arguments(self, batch: WindowBatch) -> dict[str, Any]:
         """Return what `forward` takes of a training batch: the context of its windows."""

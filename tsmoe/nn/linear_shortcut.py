@@ -78,13 +78,20 @@ class LinearShortcut(nn.Module):
         if spans is not None:
             seen_BCNW = seen_BCNW & self._is_of_series(spans)
         values_BCNW = (values_BCNW - statistics.loc_BCN1) / statistics.scale_BCN1
-        place_W = torch.arange(1, self.num_points + 1, device=values_BCL.device)
-        last_BCN = torch.where(seen_BCNW, place_W, 0).amax(-1)
-        gap_BCN = (self.num_points - last_BCN) // self.patch_length
-        return (
-            torch.where(seen_BCNW, values_BCNW, 0),
-            gap_BCN.clamp(max=self.lookahead_patches - 1),
-        )
+        return torch.where(seen_BCNW, values_BCNW, 0), self._gaps(observed_BCL, count)
+
+    def _gaps(self, observed_BCL: Tensor, count: int) -> Tensor:
+        """Return gap_BCN; where a packed series has no observation yet, that of those before it.
+
+        There its map sees zeros alone.
+        """
+        length = observed_BCL.shape[-1]
+        place_L = torch.arange(1, length + 1, device=observed_BCL.device)
+        last_BCL = torch.where(observed_BCL, place_L, 0).cummax(-1).values
+        end_N = length - self.patch_stride * torch.arange(count - 1, -1, -1, device=place_L.device)
+        gap_BCN = (end_N - last_BCL[..., end_N - 1]) // self.patch_length
+        # A token whose points are all padding ends before the first point.
+        return gap_BCN.clamp(min=0, max=self.lookahead_patches - 1)
 
     def _is_of_series(self, spans: SeriesSpans) -> Tensor:
         """Return bool of shape (B, C, N, W): which of the points are of the token's series."""

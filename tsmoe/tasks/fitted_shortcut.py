@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tsmoe.batch import WindowBatch
-from tsmoe.errors import DataError
+from tsmoe.evaluate.baselines import fill_gaps
 from tsmoe.evaluate.least_squares import NormalEquations, fit_ridge, fitted_windows
 from tsmoe.heads.task import ForecastHeadConfig
 from tsmoe.models.patch_moe import PatchMoE
@@ -29,27 +29,22 @@ def fit_shortcut(task: Task, model: PatchMoE) -> Tensor:
     """Fit the map from a window, less its location, to what follows it, less the same.
 
     Errors are in the unit of the values, as they are validated; the strength of the ridge is chosen
-    on validation windows. Rows in which a step to forecast is not observed are left out.
+    on validation windows. Rows in which a step to forecast is not observed are left out; where
+    there are no others, such steps are interpolated.
 
     Returns:
         weight_QL, which holds in any scale.
 
-    Raises:
-        DataError: if there is no row to fit on.
     """
 
     def training_batch(items: Integers) -> WindowBatch:
         return task.training_batch(items, items)
 
-    train = _equations(task, model, task.num_train, training_batch)
-    validation = _equations(task, model, task.num_validation, task.validation_batch)
-    for part, equations in {"training": train, "validation": validation}.items():
-        if not equations.rows:
-            raise DataError(
-                f"{task.source}: no {part} window of {model.config.context_length} points has all "
-                f"{_prediction_length(task)} steps after it observed, so that there is nothing to "
-                f"fit tasks.{task.name}.shortcut on; use shortcut=from_mean"
-            )
+    parts = [(task.num_train, training_batch), (task.num_validation, task.validation_batch)]
+    train, validation = (_equations(task, model, *part) for part in parts)
+    if not (train.rows and validation.rows):
+        logger.info("%s: no window is whole; least squares interpolates", task.source)
+        train, validation = (_equations(task, model, *part, fills=True) for part in parts)
     weight_LQ, ridge = fit_ridge(train, validation)
     logger.info(
         "%s: the forecast begins as least squares over %d rows, ridge %g",
@@ -59,7 +54,12 @@ def fit_shortcut(task: Task, model: PatchMoE) -> Tensor:
 
 
 def _equations(
-    task: Task, model: PatchMoE, count: int, batch_of: Callable[[Integers], WindowBatch]
+    task: Task,
+    model: PatchMoE,
+    count: int,
+    batch_of: Callable[[Integers], WindowBatch],
+    *,
+    fills: bool = False,
 ) -> NormalEquations:
     length, horizon = model.config.context_length, _prediction_length(task)
     equations = NormalEquations(length, horizon)
@@ -68,11 +68,13 @@ def _equations(
     for first in range(0, len(places), _WINDOWS_AT_ONCE):
         batch = batch_of(places[first : first + _WINDOWS_AT_ONCE])
         context_BCL, observed_BCL = batch.values_BCL[..., :length], batch.observed_BCL[..., :length]
-        loc_BC1, _ = model.statistics(context_BCL, observed_BCL)
-        seen_BCL = torch.where(observed_BCL, context_BCL - loc_BC1, 0)
-        target_BCQ = batch.values_BCL[..., length:] - loc_BC1
-        is_whole_BC = batch.is_target_BCL[..., length:].all(-1)
-        equations.add(seen_BCL[is_whole_BC].numpy(), target_BCQ[is_whole_BC].numpy())
+        seen_BCL, loc_BC1, scale_BC1 = model.normalise(context_BCL, observed_BCL)
+        is_target_BCQ = batch.is_target_BCL[..., length:]
+        target_BCQ = torch.where(is_target_BCQ, batch.values_BCL[..., length:] - loc_BC1, torch.nan)
+        target_BCQ = torch.from_numpy(fill_gaps(target_BCQ.numpy())) if fills else target_BCQ
+        counts_BC = is_target_BCQ.any(-1) if fills else is_target_BCQ.all(-1)
+        seen_BCL = seen_BCL * scale_BC1
+        equations.add(seen_BCL[counts_BC].numpy(), target_BCQ[counts_BC].numpy())
     return equations
 
 

@@ -32,7 +32,7 @@ from tsmoe.finetune.order import (
     uniformly_spaced,
 )
 from tsmoe.heads.task import ForecastHead, ForecastHeadConfig
-from tsmoe.models import complete_model
+from tsmoe.models.older import complete_model
 from tsmoe.models.patch_moe import PatchMoE, PatchMoEConfig
 from tsmoe.nn.matmul import exact_onednn_matmul
 from tsmoe.ranks import CommunicationMeter, Ranks

@@ -11,7 +11,7 @@ from finetune_run import SMALL_MODEL, small_finetune, write_package
 from tsmoe.checkpoint.package import load_package, model_from_checkpoint
 from tsmoe.checkpoint.resume import open_checkpoint
 from tsmoe.config import encode
-from tsmoe.errors import DataError
+from tsmoe.errors import CheckpointError, DataError
 from tsmoe.finetune.fitted_shortcut import fit_shortcut
 from tsmoe.finetune.loop import finetune, prepare_start
 from tsmoe.finetune.start import open_start
@@ -51,19 +51,23 @@ def test_it_is_the_ridge_regression_of_what_a_share_of_the_forecast_misses(
     """Forecasts by another way than the fit's, rows one by one."""
     settings = {"table": {"prediction_length": horizon, "targets": ["a", "c"]}}
     fitted, windows, split, forecaster = fit(lay_out, folder, settings)
+    # Behind the steps to forecast patches are fitted too, as far as the train part goes.
+    train_LC = np.pad(
+        split.scaled_LC[: split.borders.train_end], ((0, HORIZON), (0, 0)), constant_values=np.nan
+    )
     contexts, targets = [], []
     for origin in windows.origins:
         for variate in range(split.num_targets):
-            contexts.append(split.scaled_LC[origin - CONTEXT : origin, variate])
-            targets.append(split.scaled_LC[origin : origin + horizon, variate])
+            contexts.append(train_LC[origin - CONTEXT : origin, variate])
+            targets.append(train_LC[origin : origin + HORIZON, variate])
     context_RL, target_RQ = np.array(contexts, float), np.array(targets, float)
-    forecast_RQ = forecaster.forecast_batch(context_RL[:, None], horizon).mean_BCQ[:, 0]
+    forecast_RQ = forecaster.forecast_batch(context_RL[:, None], HORIZON).mean_BCQ[:, 0]
     mean_R1 = np.nanmean(context_RL, axis=1, keepdims=True)
     seen_RL = np.nan_to_num(context_RL - mean_R1)
     split_at = len(seen_RL) - int(len(seen_RL) * 0.2)
     errors, maps = dict.fromkeys(SHARES, 0.0), {}
     for ahead in range(2):
-        steps = slice(ahead * PATCH, min(horizon, (ahead + 1) * PATCH))
+        steps = slice(ahead * PATCH, (ahead + 1) * PATCH)
         # The second patch is forecast by a token at the end of a gap.
         inputs_RW = np.pad(seen_RL, ((0, 0), (0, PATCH) if ahead else (PATCH, 0)))
         is_whole_R = np.isfinite(target_RQ[:, steps]).all(1)
@@ -86,10 +90,44 @@ def test_it_is_the_ridge_regression_of_what_a_share_of_the_forecast_misses(
         weight_PW = fitted.weight[ahead * PATCH : (ahead + 1) * PATCH].numpy()
         expected_WP = maps[fitted.share, ahead]
         assert np.abs(expected_WP).max() > 0.01
-        np.testing.assert_allclose(
-            weight_PW[: expected_WP.shape[1]].T, expected_WP, atol=2e-3 * np.abs(expected_WP).max()
-        )
-        assert np.abs(weight_PW[expected_WP.shape[1] :]).max(initial=0) == 0, "beyond the horizon"
+        np.testing.assert_allclose(weight_PW.T, expected_WP, atol=2e-3 * np.abs(expected_WP).max())
+
+
+def test_patches_further_ahead_than_the_horizon_are_fitted_too(lay_out, folder) -> None:
+    near, *_ = fit(lay_out, folder, {"table": {"prediction_length": 10}})
+    far, *_ = fit(lay_out, folder, {"table": {"prediction_length": HORIZON}})
+    assert near.share == far.share
+    assert far.weight[PATCH:].abs().max() > 0.01
+    torch.testing.assert_close(near.weight[PATCH:], far.weight[PATCH:])
+    assert not torch.allclose(near.weight[:PATCH], far.weight[:PATCH]), "which sees more rows"
+
+
+def test_of_mixed_windows_all_targets_are_seen(lay_out, folder) -> None:
+    mixed = {
+        "mixing": {"num_channel_mixed_layers": 1},
+        "table": {"targets": ["a", "b", "c"], "covariates": ["hour"], "known_future": ["hour"]},
+        "training": {"max_variates": 1},
+    }
+    run, split = lay_out(FITTED, mixed)
+    windows = TableWindows(run, split)
+    batch = windows.whole_batch(np.arange(4))
+    assert batch.values_BCL.shape[:2] == (4, 4)
+    assert batch.is_target_BCL.any(-1)[0].tolist() == [True, True, True, False]
+    model = build_model(run.model, seed=5)
+    prepare_start(model, run=run, start=open_start(str(folder / "package")))
+    assert fit_shortcut(model, windows, CPU).weight.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("trains", ["all", "head", "experts", "low_rank"])
+def test_what_is_to_learn_does_get_a_gradient(tmp_path, folder, trains: str) -> None:
+    """A share of 0 would leave a head that rests nothing to pass on."""
+    config = small_finetune(
+        tmp_path / "run", folder / "table.csv", FITTED, {"trainable": {"trains": trains}},
+        start=folder / "package",
+    )  # fmt: skip
+    finetune(config)
+    errors = result_of(tmp_path / "run")["validation_mse"]["errors"]
+    assert len(set(errors.values())) == 4, errors
 
 
 def test_quantiles_are_kept_whole(tmp_path, folder) -> None:
@@ -109,11 +147,24 @@ def test_quantiles_are_kept_whole(tmp_path, folder) -> None:
     assert fitted.weight.abs().max() > 0
 
 
-def test_patches_that_are_never_whole_cannot_be_fitted(lay_out, folder) -> None:
-    run, split = lay_out(FITTED)
+def too_sparse(split) -> None:
     split.scaled_LC[::10] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "named"),
+    [
+        (too_sparse, {}, "all 16 points of a patch"),
+        (None, {"table": {"few_shot": 0.006, "targets": ["a"]}}, "needs 10 training windows"),
+        (None, {"table": {"prediction_length": 10, "split": [0.16, 0.2, 0.64]}}, "looks ahead"),
+    ],
+)
+def test_too_little_to_fit_is_told(lay_out, change, settings: dict, named: str) -> None:
+    run, split = lay_out(FITTED, settings)
+    if change is not None:
+        change(split)
     model = build_model(run.model, seed=5)
-    with pytest.raises(DataError, match="use linear_shortcut=learned"):
+    with pytest.raises(DataError, match=f"{named}.*linear_shortcut=learned"):
         fit_shortcut(model, TableWindows(run, split), CPU)
 
 
@@ -152,6 +203,14 @@ def test_going_on_does_not_fit_again(tmp_path, folder, monkeypatch) -> None:
     )
     finetune(longer)
     assert set(result_of(tmp_path / "run")["validation_mse"]["errors"]) == set("0246")
+
+
+def test_a_run_is_not_continued_with_the_other_kind(tmp_path, folder) -> None:
+    run, table, start = tmp_path / "run", folder / "table.csv", folder / "package"
+    finetune(small_finetune(run, table, {"training": {"steps": 2}}, FITTED, start=start))
+    other = small_finetune(run, table, {"linear_shortcut": "learned"}, start=start)
+    with pytest.raises(CheckpointError, match="other settings \\(linear_shortcut\\)"):
+        finetune(other)
 
 
 def test_from_scratch_it_is_the_whole_forecast_at_first(tmp_path, folder) -> None:

@@ -11,7 +11,6 @@ import torch
 from task_run import small_run, write_waves
 from tsmoe.checkpoint.package import load_package, model_from_checkpoint
 from tsmoe.checkpoint.resume import open_checkpoint
-from tsmoe.errors import DataError
 from tsmoe.finetune.order import uniformly_spaced
 from tsmoe.models import build_model
 from tsmoe.tasks.config import TaskRun
@@ -118,9 +117,48 @@ def test_what_it_began_with_is_handed_over_where_nothing_is_better(tmp_path, sho
         assert by_model["tsmoe"] == pytest.approx(by_model["linear"], rel=0.1)
 
 
-def test_without_a_whole_window_there_is_nothing_to_fit(tmp_path) -> None:
-    values_LC = np.random.default_rng(0).normal(size=(400, 1))
-    values_LC[::5] = np.nan
-    task, model = opened(tmp_path, write(tmp_path / "holes.csv", values_LC))
-    with pytest.raises(DataError, match=r"no training window.*tasks\.forecast\.shortcut"):
-        fit_shortcut(task, model)
+def test_it_is_fitted_to_what_the_model_shows_it(tmp_path) -> None:
+    """Where gaps are filled by lines, the map sees the lines."""
+    values_LC = np.sin(np.arange(400) / 5)[:, None] + np.zeros((400, 2))
+    values_LC[40:200:9] = np.nan
+    file = write(tmp_path / "gaps.csv", values_LC)
+    short = {"tasks": {"forecast": {"prediction_length": 4}}}
+    maps = []
+    for fills_gaps in (False, True):
+        task, model = opened(tmp_path, file, short, {"model": {"fills_gaps": fills_gaps}})
+        batch = task.training_batch(np.arange(task.num_train), np.arange(task.num_train))
+        shown = []
+        model.heads["forecast"].shortcut.register_forward_hook(
+            lambda _, arguments, __, shown=shown: shown.append(arguments[0])
+        )
+        with torch.no_grad():
+            model(**model.arguments(batch))
+        _, scale_BC1 = model.statistics(batch.values_BCL[..., :L], batch.observed_BCL[..., :L])
+        is_whole_BC = batch.is_target_BCL[..., L:].all(-1)
+        seen_RL = (shown[0] * scale_BC1)[is_whole_BC].double().numpy()
+        maps.append(fit_shortcut(task, model).double().numpy())
+        normal_LL = seen_RL.T @ seen_RL
+        loc_BC1, _ = model.statistics(batch.values_BCL[..., :L], batch.observed_BCL[..., :L])
+        target_RQ = (batch.values_BCL[..., L:] - loc_BC1)[is_whole_BC].double().numpy()
+        fits = [
+            np.linalg.solve(
+                normal_LL + ridge * np.diag(normal_LL).mean() * np.eye(L), seen_RL.T @ target_RQ
+            ).T
+            for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+        ]
+        assert min(np.abs(found - maps[-1]).max() for found in fits) < 1e-3
+    assert np.abs(maps[0] - maps[1]).max() > 1e-2
+
+
+def test_where_no_window_is_whole_steps_are_interpolated(tmp_path) -> None:
+    whole_LC = np.sin(np.arange(400) / 5)[:, None]
+    holes_LC = whole_LC.copy()
+    holes_LC[::5] = np.nan
+    holes, whole = (
+        fit_shortcut(*opened(tmp_path, write(tmp_path / f"{name}.csv", values_LC)))
+        for name, values_LC in (("holes", holes_LC), ("whole", whole_LC))
+    )
+    assert holes.abs().max() > 0.01
+    seen_L = torch.sin(torch.arange(L) / 5)
+    seen_L = seen_L - seen_L.mean()
+    torch.testing.assert_close(holes @ seen_L, whole @ seen_L, atol=0.3, rtol=0)
