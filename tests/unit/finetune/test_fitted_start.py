@@ -147,6 +147,10 @@ def test_quantiles_are_kept_whole(tmp_path, folder) -> None:
     assert fitted.weight.abs().max() > 0
 
 
+# 95 rows to learn from: 64 that are seen and 16 after them, but not 64 and 32.
+SHORT = {"table": {"prediction_length": 16, "split": [0.19, 0.2, 0.61], "targets": ["c"]}}
+
+
 def too_sparse(split) -> None:
     split.scaled_LC[::10] = np.nan
 
@@ -156,7 +160,7 @@ def too_sparse(split) -> None:
     [
         (too_sparse, {}, "all 16 points of a patch"),
         (None, {"table": {"few_shot": 0.006, "targets": ["a"]}}, "needs 10 training windows"),
-        (None, {"table": {"prediction_length": 10, "split": [0.16, 0.2, 0.64]}}, "looks ahead"),
+        (None, SHORT, "looks ahead"),
     ],
 )
 def test_too_little_to_fit_is_told(lay_out, change, settings: dict, named: str) -> None:
