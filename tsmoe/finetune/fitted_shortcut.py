@@ -22,8 +22,6 @@ from tsmoe.models.time_tracker import TimeTracker
 
 logger = logging.getLogger(__name__)
 
-_WINDOWS_AT_ONCE = 64
-
 _MOST_ROWS = 30_000
 """Of the fit: the model has to forecast each of them."""
 
@@ -52,7 +50,7 @@ def fit_shortcut(
     windows: TableWindows,
     device: torch.device,
     *,
-    windows_at_once: int = _WINDOWS_AT_ONCE,
+    windows_at_once: int = 64,
     keeps_forecast: bool = False,
 ) -> FittedShortcut:
     """Fit, for each patch ahead, the map from the context to what a share of the forecast misses.

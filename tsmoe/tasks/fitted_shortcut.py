@@ -34,7 +34,6 @@ def fit_shortcut(task: Task, model: PatchMoE) -> Tensor:
 
     Returns:
         weight_QL, which holds in any scale.
-
     """
 
     def training_batch(items: Integers) -> WindowBatch:
