@@ -1,7 +1,8 @@
 """Forecast tables zero-shot over contexts and horizons; long horizons are rolled.
 
 Each cell is one `tsmoe evaluate` command, which the results name; cells that are there are not
-repeated. Writes results/zero_shot_tables.json and a Markdown table beside it.
+repeated. Writes results/NAME.json (zero_shot_tables by default) and a Markdown table beside it.
+`{table}` in the package's path stands for the table, for packages fine-tuned on each.
 
     python benchmarks/zero_shot_tables.py --model PACKAGE --data FOLDER --tables ETTh1,exchange_rate
 """
@@ -26,8 +27,9 @@ def cell(name: str, context: int, horizon: int, args: argparse.Namespace) -> dic
     """Evaluate one table with one context and horizon, or read what an earlier start found."""
     out = args.out / f"{name}-{context}-{horizon}.json"
     args.out.mkdir(parents=True, exist_ok=True)
+    package, file = args.model.replace("{table}", name), args.data / f"{name}.parquet"
     words = [
-        "tsmoe", "evaluate", args.model, "--data", str(args.data / f"{name}.parquet"),
+        "tsmoe", "evaluate", package, "--data", str(file),
         "--context", str(context), "--horizon", str(horizon),
     ]  # fmt: skip
     if name == "weather":
@@ -72,20 +74,21 @@ def markdown(cells: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Evaluate all cells and write what was found after each of them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="package")
+    parser.add_argument("--model", required=True, help="package, or PATH/{table}/package")
     parser.add_argument("--data", type=Path, required=True, help="folder with ETTh1.parquet ..")
     parser.add_argument("--tables", default="ETTh1,ETTh2,ETTm1,ETTm2,weather,exchange_rate")
     parser.add_argument("--contexts", default="96,512,672")
     parser.add_argument("--horizons", default="96,192,336,720")
     parser.add_argument("--out", type=Path, default=Path("runs/zero_shot"))
+    parser.add_argument("--name", default="zero_shot_tables", help="of the result files")
     args = parser.parse_args()
     cells: list[dict[str, Any]] = []
     for name in args.tables.split(","):
         for context in args.contexts.split(","):
             for horizon in args.horizons.split(","):
                 cells.append(cell(name, int(context), int(horizon), args))
-                record("zero_shot_tables", {"cells": cells})
-    path = RESULTS / "zero_shot_tables.md"
+                record(args.name, {"cells": cells})
+    path = RESULTS / f"{args.name}.md"
     path.write_text(markdown(cells), encoding="utf-8")
     print(path.read_text(encoding="utf-8"))
 
