@@ -58,6 +58,7 @@ def read_table(
     *,
     time_column: str | None = None,
     columns: Sequence[str] | None = None,
+    columns_option: str = "columns",
     ignores_time: bool = False,
     time_zone: str | None = None,
     is_strict: bool = False,
@@ -74,6 +75,7 @@ def read_table(
         path: `.parquet`, `.pq`, or anything else as CSV (separated by comma, semicolon or tab).
         time_column: name of the time column.
         columns: the variates to read, in this order; all other columns if not given.
+        columns_option: what the user knows `columns` by, for errors.
         ignores_time: take the rows as they stand, one step apart, and return no timestamps. For
             benchmarks that are counted in rows and whose stamps have faults (the standard
             Weather table has a double one).
@@ -90,7 +92,7 @@ def read_table(
     path = Path(path)
     table = read_columns(path)
     wanted = None if columns is None else tuple(columns)
-    _check_options(table, path, time_column, wanted)
+    _check_options(table, path, time_column, wanted, columns_option)
     time_name = pick_time_column(table, path, time_column=time_column, variates=wanted or ())
     if wanted is None:
         wanted = tuple(name for name in table.column_names if name != time_name)
@@ -101,7 +103,7 @@ def read_table(
         )
     values_LC = np.empty((table.num_rows, len(wanted)), np.float32)
     for index, name in enumerate(wanted):
-        values_LC[:, index] = _numbers(table, name, path)
+        values_LC[:, index] = _numbers(table, name, path, columns_option)
 
     if time_name is None or ignores_time:
         return Table(
@@ -133,11 +135,15 @@ def read_table(
 
 
 def _check_options(
-    table: pa.Table, path: Path, time_column: str | None, columns: tuple[str, ...] | None
+    table: pa.Table,
+    path: Path,
+    time_column: str | None,
+    columns: tuple[str, ...] | None,
+    columns_option: str,
 ) -> None:
     for option, names in (
         ("time_column", () if time_column is None else (time_column,)),
-        ("columns", columns or ()),
+        (columns_option, columns or ()),
     ):
         for name in names:
             if name not in table.column_names:
@@ -148,14 +154,14 @@ def _check_options(
     if columns is None:
         return
     if not columns:
-        raise ConfigError("columns: an empty list; leave it out to read all columns")
+        raise ConfigError(f"{columns_option}: an empty list; leave it out to read all columns")
     if len(set(columns)) < len(columns):
-        raise ConfigError(f"columns: a name stands twice in {_listed(columns)}")
+        raise ConfigError(f"{columns_option}: a name stands twice in {_listed(columns)}")
     if time_column in columns:
-        raise ConfigError(f"columns: {time_column!r} is the time column and not a variate")
+        raise ConfigError(f"{columns_option}: {time_column!r} is the time column and not a variate")
 
 
-def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
+def _numbers(table: pa.Table, name: str, path: Path, columns_option: str) -> np.ndarray:
     """Return one column as float32, or name the first cell that is not a finite number."""
     column = table.column(name)
     if pa.types.is_binary(column.type):
@@ -169,7 +175,7 @@ def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
         advice = f"the numeric ones are {_listed(numeric)}" if numeric else "there are none"
         raise DataError(
             f"{path}, column {name!r}, row {row}: {value!r} is not a number; mend the cell, leave "
-            f"it empty, or name the columns to read ({advice})"
+            f"it empty, or name the columns to read by {columns_option} ({advice})"
         )
     numbers = column.cast(pa.float32(), safe=False).to_numpy()
     infinite = np.flatnonzero(np.isinf(numbers))

@@ -149,7 +149,11 @@ def test_forecast_takes_covariates_that_are_known_ahead(
     assert len(lines) == 41
     assert lines[1].startswith(table["date"][460])
     assert main(["forecast", package, str(ahead), "--horizon", "41"]) == 2
-    assert "hour must be known for the 41 steps" in capsys.readouterr().err
+    assert "rows with these columns alone, or use --horizon 40" in capsys.readouterr().err
+    assert main(["forecast", package, str(folder / "table.csv"), "--horizon", "1"]) == 2
+    advice = capsys.readouterr().err
+    assert "hour must be known for the 1 steps" in advice
+    assert "--horizon" not in advice, "which would be refused in turn"
     table.drop(columns="hour").to_csv(ahead, index=False)
     assert main(["forecast", package, str(ahead), "--horizon", "40"]) == 2
     assert "no column 'hour', a covariate" in capsys.readouterr().err
@@ -270,10 +274,13 @@ def test_run_that_is_done_says_its_result_again(folder, write_config, tmp_path, 
     first = capsys.readouterr().out
     assert main(words) == 0
     assert capsys.readouterr().out == first
-    for setting in ("seed=1", "stopping.max_windows=5", "optimizer.lr=0.5"):
+    for setting in (
+        "seed=1", "stopping.max_windows=5", "optimizer.lr=0.5", "training.loss_on=horizon",
+        "training.error_unit=window", "training.global_batch_size=32", "training.target_clip=5",
+    ):  # fmt: skip
         assert main([*words, setting]) != 0
         name = setting.split("=")[0]
-        name = name if name.startswith("stopping") else name.split(".")[0]
+        name = name.split(".")[0] if name.startswith("optimizer") else name
         assert f"other settings ({name})" in capsys.readouterr().err
     assert main([*words, "table.season=12"]) == 0, "a baseline's alone"
 

@@ -138,10 +138,11 @@ def split_future(data: CovariateTable, horizon: int) -> tuple[CovariateTable, np
     end = int(np.flatnonzero(is_past_L)[-1]) + 1 if is_past_L.any() else 0
     ahead = len(table.values_LC) - end
     if ahead < horizon:
+        shorter = f", or use --horizon {ahead}" if ahead else ""
         raise ConfigError(
             f"{table.path}: {', '.join(table.variates[-known:])} must be known for the {horizon} "
-            f"steps to forecast, but only {ahead} rows follow the last value of the others; add "
-            f"rows with these columns alone, or use --horizon {max(1, ahead)}"
+            f"steps to forecast, but {ahead or 'no'} rows follow the last value of the others; add "
+            f"rows with these columns alone{shorter}"
         )
     past = replace(
         table,

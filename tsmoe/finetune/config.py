@@ -252,6 +252,12 @@ def resolve_finetune(name_or_path: str, overrides: list[str]) -> FinetuneConfig:
     preset = read_preset(name_or_path, FINE_TUNING)
     layers = [parse_override(_in_full(text)) for text in overrides]
     values = merge_layers(preset, merge_layers(*layers))
+    if values.get("start") is not None and "model" in values and "model" not in preset:
+        named = ", ".join(f"model.{key}" for key in values["model"])
+        raise ConfigError(
+            f"{named}: a package brings its own model, with its length of patches; leave this out, "
+            "or train from scratch: tsmoe finetune from_scratch"
+        )
     if "table" not in values:
         raise ConfigError("no table is given; add data=TABLE.csv (or .parquet)")
     if values.get("start") is None and values.get("model") is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tsmoe import ranks as ranks_module
 from tsmoe.batch import WindowBatch
 from tsmoe.config import encode
-from tsmoe.finetune.config import FinetuneConfig, FinetuneRun
+from tsmoe.finetune.config import FinetuneConfig, FinetuneRun, FinetuneTrainingConfig
 from tsmoe.finetune.course import Course
 from tsmoe.finetune.fitted_shortcut import FittedShortcut, fit_shortcut
 from tsmoe.finetune.guard import Guard
@@ -31,6 +32,11 @@ from tsmoe.train.held_out import HeldOutForecasts
 from tsmoe.train.loop import Outcome
 from tsmoe.train.objective import NextPatchObjective, Objective
 from tsmoe.train.run_lock import run_lock
+
+logger = logging.getLogger(__name__)
+
+# What of the section `training` says how a step learns; the rest is cadence, and how many steps.
+_LEARNED_BY = ("loss_on", "error_unit", "target_clip", "global_batch_size", "max_variates")
 
 
 def finetune(config: FinetuneConfig) -> tuple[Outcome, RunResult | None]:
@@ -55,10 +61,32 @@ def finetune(config: FinetuneConfig) -> tuple[Outcome, RunResult | None]:
     )
     ranks = replace(ranks, meter=CommunicationMeter())
     context_length = config.table.context_length or run.model.context_length
+    if ranks.is_first:
+        _warn_of_unseen(run, start, context_length)
     split = open_table(config.table, context_length=context_length)
     check_memory(run, split, ranks)
     with run_lock(Path(run.run), ranks):
         return Course(run, TableWork(run, start, split, ranks), ranks).go()
+
+
+def _warn_of_unseen(run: FinetuneRun, start: Start | None, context_length: int) -> None:
+    """Say what settings leave out that one may think is there."""
+    if context_length > run.model.context_length:
+        logger.warning(
+            "the model looks back %d rows; of the %d of table.context_length only the linear "
+            "baseline uses more",
+            run.model.context_length, context_length,
+        )  # fmt: skip
+    mixed, wanted = (
+        0 if start is None else start.model.num_channel_mixed_layers,
+        run.config.mixing.num_channel_mixed_layers,
+    )
+    if wanted < mixed:
+        logger.warning(
+            "in the start %d layers mix variates, in this run %d; add "
+            "mixing.num_channel_mixed_layers=%d to go on with what they learned of one another",
+            mixed, wanted, mixed,
+        )  # fmt: skip
 
 
 class TableWork:
@@ -148,6 +176,9 @@ class TableWork:
             k: v for k, v in (found["table"] or {}).items() if k not in ("path", "season")
         }
         found["stopping.max_windows"] = (settings.get("stopping") or {}).get("max_windows")
+        training, default = settings.get("training") or {}, encode(FinetuneTrainingConfig())
+        for name in _LEARNED_BY:
+            found[f"training.{name}"] = training.get(name, default[name])
         return found
 
     def hand_over(self, guard: Guard, *, device: torch.device, failure: str | None) -> RunResult:

@@ -72,6 +72,8 @@ def open_start(path: str) -> Start:
         CheckpointError: if it is none of these, or damaged.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise CheckpointError(f"model={path}: a file; name the folder of the package or run")
     if (folder / CARD_FILE).exists():
         model, card = load_package(folder)
     else:
@@ -104,6 +106,10 @@ def resolve_run(config: FinetuneConfig, start: Start | None) -> FinetuneRun:
     """
     model = config.model if start is None else start.model
     assert model is not None, "checked by the config"
+    if config.start is not None and Path(config.run).resolve() == Path(config.start).resolve():
+        raise ConfigError(
+            f"run={config.run} is the folder that training starts from; choose another run="
+        )
     changes: dict[str, Any] = {}
     mixing = config.mixing
     if mixing.num_channel_mixed_layers > model.num_layers:

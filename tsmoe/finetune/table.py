@@ -61,6 +61,7 @@ def open_table(config: TableConfig, *, context_length: int) -> SplitTable:
         config.path,
         time_column=config.time_column,
         columns=None if config.targets is None else [*config.targets, *covariates],
+        columns_option="table.targets",
         ignores_time=config.ignores_time,
     )
     if config.targets is None and covariates:

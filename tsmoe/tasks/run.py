@@ -242,7 +242,8 @@ class TaskWork:
         }
         # Whose turn it is, and which row of the embedding is a task's.
         found["order of tasks"] = list(settings.get("tasks") or {})
-        found["stopping.max_windows"] = (settings.get("stopping") or {}).get("max_windows")
+        for section, name in (("stopping", "max_windows"), ("training", "global_batch_size")):
+            found[f"{section}.{name}"] = (settings.get(section) or {}).get(name)
         return found
 
     def hand_over(

@@ -53,6 +53,7 @@ def test_from_scratch_brings_its_model() -> None:
         ("full", [*BASE, "optimizer.lr_scales={head: 0}"], "lr_scales.head"),
         ("from_scratch", ["data=t.csv", "model=pkg"], "one of the two"),
         ("from_scratch", ["data=t.csv", "trainable.trains=head"], "no start"),
+        ("full", [*BASE, "model.patch_length=8"], "model.patch_length: a package brings its own"),
         ("full", [*BASE, "nonsense=1"], "nonsense"),
         ("nonsense", BASE, "is no preset"),
     ],

@@ -119,6 +119,14 @@ def test_start_is_loaded_whole_and_new_parameters_stay(lay_out, folder) -> None:
 def test_start_that_is_none_is_refused(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="neither a package nor a run"):
         open_start(str(tmp_path))
+    (tmp_path / "model.yaml").write_text("")
+    with pytest.raises(CheckpointError, match=r"model\.yaml: a file; name the folder"):
+        open_start(str(tmp_path / "model.yaml"))
+
+
+def test_run_in_the_folder_of_its_start_is_refused(lay_out, folder) -> None:
+    with pytest.raises(ConfigError, match="choose another run="):
+        lay_out({"run": str(folder / "table" / ".." / "package")})
 
 
 def test_start_is_at_first_what_it_was_with_a_new_shortcut(lay_out, folder) -> None:

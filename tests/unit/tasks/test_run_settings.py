@@ -53,6 +53,13 @@ def test_setting_that_is_younger_than_a_checkpoint_had_its_default(tmp_path) -> 
         assert now.decisive(now.settings()) != now.decisive(older)
 
 
+def test_run_goes_on_with_the_windows_of_a_step_alone(tmp_path) -> None:
+    saved = work_of(tmp_path).settings()
+    for training, is_other in (({"global_batch_size": 64}, True), ({"steps": 9}, False)):
+        now = work_of(tmp_path, {"training": training})
+        assert (now.decisive(now.settings()) != now.decisive(saved)) is is_other, training
+
+
 def test_settings_of_another_program_are_compared_as_they_stand(tmp_path) -> None:
     work = work_of(tmp_path)
     strange = {**work.settings(), "optimiser": "unheard of"}
