@@ -14,8 +14,8 @@ from tsmoe.exit_code import leave_exit_code
 from tsmoe.train.signals import unblock_stop_signals
 
 _COMMANDS = (
-    "data", "pretrain", "finetune", "evaluate", "forecast", "plan", "preflight", "launch", "status",
-    "report",
+    "data", "pretrain", "finetune", "evaluate", "forecast", "predict", "plan", "preflight",
+    "launch", "status", "report",
 )  # fmt: skip
 
 

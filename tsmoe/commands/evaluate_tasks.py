@@ -59,12 +59,10 @@ def evaluate_tasks(
         return 0
     from rich.console import Console
 
-    from tsmoe.tasks.report import results_table
+    from tsmoe.tasks.report import print_evaluation
 
-    console = Console()
     title = f"{evaluation.data}: {evaluation.describe()}"
-    console.print(title, highlight=False, markup=False, soft_wrap=True)
-    console.print(results_table(evaluation.results))
+    print_evaluation(Console(), evaluation, title=title)
     if args.json is not None:
         with replace_file(args.json) as unfinished:
             unfinished.write_text(text, encoding="utf-8")

@@ -98,13 +98,12 @@ def _train_tasks(args: argparse.Namespace, config: TaskRunConfig) -> int:
     elif result is not None:
         from rich.console import Console
 
-        from tsmoe.tasks.report import results_table
+        from tsmoe.tasks.report import print_evaluation
 
         console = Console()
         for name, evaluation in result.evaluations.items():
             title = f"{name}: {evaluation.data}, {evaluation.describe()}"
-            console.print(title, highlight=False, markup=False, soft_wrap=True)
-            console.print(results_table(evaluation.results))
+            print_evaluation(console, evaluation, title=title)
         for line in (result.verdict, f"package: {result.package}"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 75 if outcome is Outcome.STOPPED and launched_world_size() == 1 else 0

@@ -37,6 +37,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("package", help="folder of the package")
     parser.add_argument("data", help="CSV or Parquet table, one row per time step")
     parser.add_argument("--horizon", type=int, default=96, help="steps predicted (default: 96)")
+    parser.add_argument("--task", help="of a patch_moe that has several: which one forecasts")
     parser.add_argument(
         "--context",
         type=int,
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from tsmoe.tasks.predictor import load_forecaster
 
     split_names("--columns", args.columns)
-    forecaster = load_forecaster(args.package, device=args.device)
+    forecaster = load_forecaster(args.package, device=args.device, task=args.task)
     data, future_FQ = split_future(read_covariate_table(args, forecaster), args.horizon)
     data = seen_by(data, forecaster)
     future_FQ = future_FQ[: data.num_known_future]
@@ -106,11 +107,11 @@ def run(args: argparse.Namespace) -> int:
         table, mean_CQ, asked_CQK, levels=asked, time_column=args.time_column or "date"
     )
     if args.out is not None:
-        _write_frame(frame, args.out)
+        write_frame(frame, args.out)
     if args.json:
         _print_json(frame, table, rows=rows, levels=asked)
     elif args.out is None:
-        _write_csv(frame, sys.stdout)
+        write_csv(frame, sys.stdout)
     if args.plot is not None:
         times = None
         if table.timestamps is not None:
@@ -210,7 +211,8 @@ def _context_rows(asked: int | None, there: int, package_length: int) -> int:
     return min(there, asked or package_length)
 
 
-def _write_frame(frame: "pd.DataFrame", path: str) -> None:
+def write_frame(frame: "pd.DataFrame", path: str) -> None:
+    """Write CSV, or Parquet where the name ends so; no half file is left."""
     from tsmoe.evaluate.report import replace_file
 
     with replace_file(path) as unfinished:
@@ -218,10 +220,11 @@ def _write_frame(frame: "pd.DataFrame", path: str) -> None:
             frame.to_parquet(unfinished, index=False)
         else:
             with unfinished.open("w", encoding="utf-8", newline="") as file:
-                _write_csv(frame, file)
+                write_csv(frame, file)
 
 
-def _write_csv(frame: "pd.DataFrame", file: TextIO) -> None:
+def write_csv(frame: "pd.DataFrame", file: TextIO) -> None:
+    """Write CSV."""
     frame.to_csv(file, index=False, lineterminator="\n")
 
 

@@ -15,7 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tsmoe.batch import WindowBatch
 from tsmoe.config import Section
-from tsmoe.heads.task import ForecastHead, ReconstructionHead, TaskHeadConfig, build_task_head
+from tsmoe.heads.task import (
+    ClassificationHead,
+    ForecastHead,
+    ReconstructionHead,
+    TaskHeadConfig,
+    build_task_head,
+)
 from tsmoe.models.block import FeedForwardConfig
 from tsmoe.models.encoder_block import EncoderBlock
 from tsmoe.models.output import TaskOutput
@@ -283,8 +289,14 @@ class PatchMoE(nn.Module):
         """
         nothing = torch.zeros((), device=tokens_BCND.device)
         for name, head in self.heads.items():
-            if name != task:
-                nothing = nothing + 0.0 * head(tokens_BCND, is_seen_BCN, window_BCL).float().sum()
+            if name == task:
+                continue
+            seen: tuple[Tensor, ...] = (tokens_BCND, is_seen_BCN, window_BCL)
+            if isinstance(head, ClassificationHead):
+                # It takes as many variates as its cases have: those at hand stand in for them.
+                place_V = torch.arange(head.num_variates) % tokens_BCND.shape[1]
+                seen = tuple(part[:, place_V] for part in seen)
+            nothing = nothing + 0.0 * head(*seen).float().sum()
         return nothing
 
     def _initialise(self) -> None:

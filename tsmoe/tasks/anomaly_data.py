@@ -107,10 +107,10 @@ def read_anomaly_data(
     _check_share(train_share, columns.split, path)
     values_LC = _read_values(table, columns.variates, path)
     labels_L = _read_labels(table, columns.label, path)
-    names, entity_L = _read_entities(table, columns.entity, path)
+    names, entity_L = read_entities(table, columns.entity, path)
     order_L = np.arange(table.num_rows)
     if columns.time is not None:
-        order_L = np.argsort(_read_time(table, columns.time, path), kind="stable")
+        order_L = np.argsort(read_time(table, columns.time, path), kind="stable")
     order_L = order_L[np.argsort(entity_L[order_L], kind="stable")]
     if columns.split is None:
         share = DEFAULT_TRAIN_SHARE if train_share is None else train_share
@@ -165,22 +165,17 @@ def _find_columns(
             raise ConfigError(f"{option}: {name!r} is already the {owner_of[name]}; name another")
         owner_of[name] = option
     free = [name for name in names if name not in owner_of]
-    label = label or _first_of(LABEL_NAMES, free)
+    label = label or first_of(LABEL_NAMES, free)
     if label is None:
         raise DataError(
             f"{path}: no label column (looked for {listed(LABEL_NAMES)}); columns there: "
             f"{listed(names)}; name the one that is 1 for anomalous rows with label_column"
         )
-    entity = entity or _first_of(ENTITY_NAMES, free)
-    split = split or _first_of(SPLIT_NAMES, free)
+    entity = entity or first_of(ENTITY_NAMES, free)
+    split = split or first_of(SPLIT_NAMES, free)
     taken = {entity, label, split, *LABEL_NAMES}
     rest = [name for name in names if name not in taken]
-    if time is None and rest:
-        time = pick_time_column(table.select(rest), path, time_column=None)
-        if time is None:
-            # Steps counted from 0 are no epochs, yet they order the rows.
-            usual = [name for name in rest if name.lower() in TIME_NAMES]
-            time = next((name for name in usual if is_numeric(table.field(name).type)), None)
+    time = time or find_time(table, rest, path)
     variates = tuple(name for name in rest if name != time)
     odd = [name for name in variates if not is_numeric(table.field(name).type)]
     if odd:
@@ -197,7 +192,20 @@ def _find_columns(
     return _Columns(entity=entity, label=label, split=split, time=time, variates=variates)
 
 
-def _first_of(wanted: tuple[str, ...], names: list[str]) -> str | None:
+def find_time(table: pa.Table, names: list[str], path: Path) -> str | None:
+    """Name the column among some that rows are sorted by; None if there is none."""
+    if not names:
+        return None
+    found = pick_time_column(table.select(names), path, time_column=None)
+    if found is not None:
+        return found
+    # Steps counted from 0 are no epochs, yet they order the rows.
+    usual = [name for name in names if name.lower() in TIME_NAMES]
+    return next((name for name in usual if is_numeric(table.field(name).type)), None)
+
+
+def first_of(wanted: tuple[str, ...], names: list[str]) -> str | None:
+    """Return the best of some usual names that is there."""
     return next((name for name in wanted if name in names), None)
 
 
@@ -254,7 +262,7 @@ def _read_labels(table: pa.Table, name: str, path: Path) -> np.ndarray:
     return labels_L
 
 
-def _read_entities(
+def read_entities(
     table: pa.Table, name: str | None, path: Path
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names in the order in which they appear, and the number of each row's one."""
@@ -264,7 +272,7 @@ def _read_entities(
     return tuple(coded.dictionary.to_pylist()), coded.indices.to_numpy().astype(np.int64)
 
 
-def _read_time(table: pa.Table, name: str, path: Path) -> np.ndarray:
+def read_time(table: pa.Table, name: str, path: Path) -> np.ndarray:
     """Return what the rows are sorted by: times, or the numbers themselves."""
     column = table.column(name)
     where = f"{path}, column {name!r}"

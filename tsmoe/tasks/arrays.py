@@ -5,6 +5,7 @@ Shapes: C variates, L rows.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,9 @@ def split_all(
     test = max(length + 1, num_rows // 100) / num_rows
     validation = max(0.2, (length + 1) / num_rows)
     train = 1 - validation - test
-    needed = context_length + 3 * (length + 2)
+    needed = max(
+        math.ceil((context_length + 2 * length + 2) / 0.8) + 1, context_length + 3 * (length + 2)
+    )
     if train <= 0 or int(num_rows * train) < context_length + length:
         raise DataError(
             f"X has {num_rows} rows; about {needed} are needed for model.context_length="
@@ -84,7 +87,8 @@ def flags_of(y: Any, length: int) -> NDArray[np.bool_]:
     flags = np.asarray(y)
     if flags.shape != (length,) or not np.isin(flags, (0, 1)).all():
         raise ConfigError(
-            f"y must hold 0 or 1 for each of the {length} rows of X, got an array of shape "
-            f"{flags.shape} with values such as {flags.ravel()[:3].tolist()}"
+            f"y must hold 0, or 1 for anomalies, for each of the {length} rows of X, got an array "
+            f"of shape {flags.shape} with values such as {np.unique(flags)[:3].tolist()}; of what "
+            "predict returns that is y == -1"
         )
     return flags.astype(bool)

@@ -103,6 +103,25 @@ def read_cases(path: str | Path) -> CaseData:
     return CaseData(path=str(path), classes=classes, train=sets["train"], test=sets["test"])
 
 
+def read_unlabelled_cases(path: str | Path) -> CaseSet:
+    """Read the column `dims` of a Parquet file; all rows are cases, and labels are ignored.
+
+    Raises:
+        DataError: for everything that is wrong with the file, naming the row.
+    """
+    path = Path(path)
+    if not is_parquet(path):
+        raise DataError(f"{path}: cases are read from Parquet (.parquet or .pq); convert the file")
+    table = read_columns(path)
+    require_columns(table, ("dims",), path)
+    dims = nested_float_lists(table.column("dims"), f"{path}, column 'dims'")
+    places = [f"{path}, row {row}" for row in range(1, len(dims) + 1)]
+    values = _check_cases(
+        [_stack(lists, at) for lists, at in zip(dims, places, strict=True)], places
+    )
+    return CaseSet(values=values, labels=np.full(len(values), UNLABELLED))
+
+
 def cases_from_arrays(
     X: Any,  # an array, a data frame, or a list of arrays: what scikit-learn users have at hand
     y: Any = None,  # a sequence of class names of any sortable type

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin, TransformerMixin
 from sklearn.exceptions import NotFittedError
 
-from tsmoe.errors import ConfigError, DataError
+from tsmoe.errors import ConfigError, DataError, TrainingError
 from tsmoe.evaluate.anomaly_metrics import auc_roc
 from tsmoe.evaluate.protocol import Scaler
 from tsmoe.inference import choose_device
@@ -34,7 +34,7 @@ from tsmoe.tasks.config import (
     resolve_tasks,
 )
 from tsmoe.tasks.forecast import TableForecastTask
-from tsmoe.tasks.imputation import ImputationTask, draw_mask
+from tsmoe.tasks.imputation import ImputationTask, draw_mask, fill_rows
 from tsmoe.tasks.predictor import Floats, TaskForecaster, TaskPredictor
 from tsmoe.tasks.run import train_tasks
 from tsmoe.tasks.task import Task
@@ -69,7 +69,7 @@ class _TaskEstimator(BaseEstimator):
 
         Args:
             settings: `KEY=VALUE` over the preset, such as `training.steps=300`.
-            run: folder to keep the run in; None: a temporary one, removed after fitting.
+            run: folder to keep the run in, for one fit; None: a temporary one, removed after it.
             seed: of weights and of the order of windows.
             device: `auto`, `cpu` or `cuda`.
         """
@@ -93,7 +93,12 @@ class _TaskEstimator(BaseEstimator):
             config = self._config(str(Path(temporary) / "run") if self.run is None else self.run)
             self._check(config)
             task = make_task(config)
-            outcome, result = train_tasks(config, {self._task: task}, evaluates=False)
+            try:
+                outcome, result = train_tasks(config, {self._task: task}, evaluates=False)
+            except TrainingError as error:
+                # A folder that is gone by then tells nobody anything.
+                where = "" if self.run is None else f"{config.run}: "
+                raise TrainingError(where + str(error).removeprefix(f"{config.run}: ")) from error
         if outcome is Outcome.STOPPED:
             raise KeyboardInterrupt("fit was interrupted")
         assert result is not None, "one process: it is the first"
@@ -240,7 +245,7 @@ class PatchMoEImputer(TransformerMixin, _TableEstimator):
                 "nothing to fill them from; leave it out or give rows with values"
             )
         scaler = self._scaler()
-        filled_LC = self._filled(predictor, scaled_LC) * scaler.std_C + scaler.mean_C
+        filled_LC = fill_rows(predictor, self._task, scaled_LC) * scaler.std_C + scaler.mean_C
         return np.where(np.isfinite(rows_LC), rows_LC, filled_LC)
 
     def predict(self, X: Any) -> NDArray[np.float64]:
@@ -250,24 +255,15 @@ class PatchMoEImputer(TransformerMixin, _TableEstimator):
     def score(self, X: Any, y: None = None, *, share: float = 0.25) -> float:  # noqa: ARG002
         """Hide a share of the points; return the negative mean squared error on them, scaled."""
         predictor = self._fitted()
+        if not 0 < share < 1:
+            raise ConfigError(f"share ({share}) must lie between 0 and 1: some points stay to see")
         scaled_LC = self._scaled(X)
         hidden_LC = draw_mask(scaled_LC.shape, "points", share, 1, generator_of(self.seed, 4))
-        filled_LC = self._filled(predictor, np.where(hidden_LC, np.nan, scaled_LC))
+        filled_LC = fill_rows(predictor, self._task, np.where(hidden_LC, np.nan, scaled_LC))
         error = (filled_LC - scaled_LC)[hidden_LC & np.isfinite(scaled_LC)].astype(np.float64)
         if not len(error):
             raise DataError(f"X: share={share} hides no observed value; give more rows")
         return -float(np.square(error).mean())
-
-    def _filled(self, predictor: TaskPredictor, scaled_LC: Floats) -> Floats:
-        """Reconstruct window after window; the first begins before the table where it must."""
-        context, length = predictor.context_length, len(scaled_LC)
-        count = -(-length // context)
-        padded_LC = np.pad(
-            scaled_LC, ((count * context - length, 0), (0, 0)), constant_values=np.nan
-        )
-        windows_BCL = padded_LC.reshape(count, context, -1).transpose(0, 2, 1)
-        points_BCL = predictor.predict(windows_BCL, self._task)
-        return points_BCL.transpose(0, 2, 1).reshape(-1, scaled_LC.shape[1])[-length:]
 
 
 class PatchMoEAnomalyDetector(OutlierMixin, _TaskEstimator):
@@ -331,8 +327,9 @@ class PatchMoEAnomalyDetector(OutlierMixin, _TaskEstimator):
         """Return the AUC-ROC of the scores; `y` has 1 or True for anomalies."""
         self._fitted()
         scores_L = -self.score_samples(X)
+        is_anomaly_L = flags_of(y, len(scores_L))
         try:
-            return auc_roc(scores_L, flags_of(y, len(scores_L)))
+            return auc_roc(scores_L, is_anomaly_L)
         except ValueError as error:
             raise DataError(f"y: {error}") from error
 

@@ -96,7 +96,12 @@ class ImputationTask:
 
     def card(self) -> dict[str, Any]:
         """Say what is filled."""
-        return {"type": "imputation", "variates": list(self.table.variates)}
+        return {
+            "type": "imputation",
+            "variates": list(self.table.variates),
+            "mean": self.scaler.mean_C.tolist(),
+            "std": self.scaler.std_C.tolist(),
+        }
 
     def evaluate(self, predictor: TaskPredictor) -> TaskEvaluation:
         """Fill every window of the test part, with each share and kind of mask.
@@ -188,6 +193,32 @@ class ImputationTask:
             ids_B=np.zeros(len(items), np.int64),
             task=self.name,
         )
+
+
+def fill_rows(predictor: TaskPredictor, task: str, scaled_LC: Floats) -> Floats:
+    """Return what the model makes of all points of a table, those without a value among them.
+
+    Windows overlap by half, and a point is taken from the one whose middle is nearest, so that gaps
+    are seen from both sides. What is missing of a short table counts as not observed.
+
+    Args:
+        predictor: of the model.
+        task: name of it.
+        scaled_LC: as in training; NaN where not observed.
+    """
+    context, (length, variates) = predictor.context_length, scaled_LC.shape
+    step = max(1, context // 2)
+    count = 1 + max(0, -(-(length - context) // step))
+    # The first window may begin before the table.
+    lead = (count - 1) * step + context - length
+    padded_LC = np.pad(scaled_LC, ((lead, 0), (0, 0)), constant_values=np.nan)
+    windows_BCL = np.lib.stride_tricks.sliding_window_view(padded_LC, context, axis=0)[::step]
+    points_BCL = predictor.predict(np.ascontiguousarray(windows_BCL), task)
+    row_L = np.arange(len(padded_LC))
+    # The window that has a row nearest to its middle.
+    window_L = np.clip(np.rint((row_L - (context - 1) / 2) / step), 0, count - 1).astype(np.int64)
+    filled_LC = points_BCL[window_L, :, row_L - window_L * step]
+    return filled_LC.reshape(-1, variates)[lead:]
 
 
 def draw_training_mask(

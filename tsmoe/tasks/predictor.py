@@ -197,8 +197,10 @@ def open_package(
     return TaskPredictor(model, card, chosen, batch_size=batch_size)
 
 
-def load_forecaster(path: str | Path, *, device: str = "auto") -> Forecaster | TaskForecaster:
-    """Load a package of any model that forecasts.
+def load_forecaster(
+    path: str | Path, *, device: str = "auto", task: str | None = None
+) -> Forecaster | TaskForecaster:
+    """Load a package of any model that forecasts; `task` names one of several that do.
 
     Raises:
         CheckpointError: if it is missing or damaged.
@@ -206,10 +208,18 @@ def load_forecaster(path: str | Path, *, device: str = "auto") -> Forecaster | T
     """
     predictor = open_package(path, device=device)
     if not isinstance(predictor, TaskPredictor):
+        if task not in (None, "forecast"):
+            raise ConfigError(f"{path}: task is {task}, but a time_tracker forecasts and no more")
         return predictor
-    of_card = predictor.card.get("tasks", {}).values()
-    kinds = [kind for kind in ("forecast", "series") if any(t.get("type") == kind for t in of_card)]
-    name = predictor.task(kinds[0] if kinds else "forecast")
+    of_card = predictor.card.get("tasks", {})
+    kinds = [kind for kind in ("forecast", "series")
+             if any(card.get("type") == kind for card in of_card.values())]  # fmt: skip
+    name = predictor.task(task or (kinds[0] if kinds else "forecast"))
+    if of_card.get(name, {}).get("type", "forecast") not in ("forecast", "series"):
+        raise ConfigError(
+            f"{path}: task {name} is of the kind {of_card[name]['type']}, which does not forecast; "
+            "its answers are given by tsmoe predict"
+        )
     return TaskForecaster(predictor, name, standardises=True)
 
 
@@ -220,14 +230,16 @@ def fit_length(values_BCL: Floats, length: int) -> Floats:
     return np.pad(values_BCL, ((0, 0), (0, 0), (missing, 0)), constant_values=np.nan)
 
 
-def load_predictor(path: str | Path, *, device: str = "auto") -> TaskPredictor:
-    """Load a package folder of a PatchMoE.
+def load_predictor(
+    path: str | Path, *, device: str = "auto", batch_size: int = 256
+) -> TaskPredictor:
+    """Load a package folder of a PatchMoE; `batch_size` is that of the predictor.
 
     Raises:
         CheckpointError: if it is missing, damaged or of another model.
         ConfigError: if the device is not there.
     """
-    opened = open_package(path, device=device)
+    opened = open_package(path, device=device, batch_size=batch_size)
     if not isinstance(opened, TaskPredictor):
         raise CheckpointError(
             f"{path}: holds a {opened.model.config.type}, which forecasts; load it with "

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tsmoe.tasks.task import TaskEvaluation
+
 # More do not fit on a usual terminal.
 _MOST_COLUMNS = 7
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table as RichTable
+
+
+def print_evaluation(console: Console, evaluation: TaskEvaluation, *, title: str) -> None:
+    """Print what was done, the figures, and what one should know of them."""
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    console.print(results_table(evaluation.results))
+    for note in evaluation.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> RichTable:

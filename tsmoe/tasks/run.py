@@ -261,7 +261,8 @@ class TaskWork:
         if step is None or (guard.errors[step] >= guard.errors[0] and not is_start):
             raise TrainingError(
                 f"{folder}: nothing learned is better on validation than the weights it began "
-                f"with (error {guard.errors.get(0, math.nan):.4f}); lower optimizer.lr{early}"
+                f"with (error {guard.errors.get(0, math.nan):.4f}); lower optimizer.lr "
+                f"or give more training.steps{early}"
             )
         verdict = f"best after step {step}: validation error {guard.errors[step]:.4f}{early}"
         if is_start:
@@ -278,6 +279,9 @@ class TaskWork:
         package = folder / PACKAGE_FOLDER
         save_package(package, model, self._card(model, cards, step, verdict, {}))
         predictor = TaskPredictor(model, {"tasks": cards}, device)
+        for name, task in self.tasks.items():
+            if self._evaluates and isinstance(task, AnomalyTask):
+                cards[name]["threshold"] = task.threshold(predictor)
         judged = self.tasks if self._evaluates else {}
         evaluations = {name: task.evaluate(predictor) for name, task in judged.items()}
         found = {name: evaluation.to_json_dict() for name, evaluation in evaluations.items()}

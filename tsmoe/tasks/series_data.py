@@ -106,6 +106,19 @@ def read_series(
     )
 
 
+def read_histories(path: str | Path) -> tuple[list[str], list[np.ndarray]]:
+    """Read series whose future nobody knows: the `item_id` of each, and its values.
+
+    Raises:
+        DataError: for everything that is wrong with the file, naming the series.
+    """
+    file = _read_file(Path(path))
+    for name, values_L in zip(file.names, file.values, strict=True):
+        if not np.isfinite(values_L).any():
+            raise DataError(f"{path}, series {name!r}: nothing is observed; leave it out")
+    return file.names, file.values
+
+
 def _read_file(path: Path) -> _SeriesFile:
     if not is_parquet(path):
         raise DataError(f"{path}: series are read from Parquet (.parquet or .pq); convert the file")

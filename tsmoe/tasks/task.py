@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,8 @@ class TaskEvaluation:
     """One row for each model, or for each model and setting; `model` names it."""
     tables: Mapping[str, Any] = field(default_factory=dict)
     """What is too long for a row, such as figures by entity."""
+    notes: Sequence[str] = ()
+    """What one should know of the figures."""
 
     def describe(self) -> str:
         """Return the facts in one line."""
@@ -36,8 +38,9 @@ class TaskEvaluation:
 
     def to_json_dict(self) -> dict[str, Any]:
         """Give the result file of `tsmoe evaluate --json`."""
+        notes = {"notes": list(self.notes)} if self.notes else {}
         return {"task": self.task, "data": self.data, **self.facts, "results": self.results,
-                **self.tables}  # fmt: skip
+                **self.tables, **notes}  # fmt: skip
 
 
 class Task(Protocol):

@@ -137,7 +137,10 @@ def test_nothing_is_answered_before_fit(model, asks) -> None:
         (lambda: PatchMoEForecaster(SHORT).fit(waves() * np.inf), "infinite"),
         (lambda: PatchMoEImputer(SHORT).fit(waves() * [1, np.nan]), "no observed value"),
         (lambda: PatchMoEAnomalyDetector(SHORT).fit(waves() * np.nan), "nothing is recorded"),
-        (lambda: PatchMoEAnomalyDetector(SHORT).fit(waves(), np.full(ROWS, 7)), "0 or 1"),
+        (
+            lambda: PatchMoEAnomalyDetector(SHORT).fit(waves(), np.full(ROWS, 7)),
+            "0, or 1 for anomalies",
+        ),
         (lambda: PatchMoEForecaster(SHORT).fit([[1], [1, 2]]), "no array of numbers"),
         (
             lambda: PatchMoEForecaster([*SHORT, "tasks.forecast.columns=[a]"]).fit(waves()),

@@ -6,7 +6,7 @@ import pytest
 from task_run import write_waves
 from tsmoe.errors import DataError
 from tsmoe.tasks.config import ImputationTaskConfig, MaskConfig
-from tsmoe.tasks.imputation import ImputationTask, draw_mask, fill_simply
+from tsmoe.tasks.imputation import ImputationTask, draw_mask, fill_rows, fill_simply
 
 
 @pytest.mark.parametrize("kind", ["points", "blocks"])
@@ -84,3 +84,30 @@ def test_mask_that_hides_nothing_recorded_is_an_error(task) -> None:
     task._store._rows_RC[:] = np.nan
     with pytest.raises(DataError, match="hides no recorded value"):
         task.evaluate(_Perfect())
+
+
+class _Watched:
+    """Answers with the values that it is shown, or where in its window each stands."""
+
+    context_length = 16
+
+    def __init__(self, *, tells_places: bool) -> None:
+        self.tells_places = tells_places
+
+    def predict(self, values_BCL, task):
+        assert task == "gaps"
+        if self.tells_places:
+            return np.broadcast_to(np.arange(16, dtype=np.float32), values_BCL.shape)
+        return np.nan_to_num(values_BCL, nan=-1)
+
+
+@pytest.mark.parametrize("length", [5, 16, 17, 24, 40, 41, 100])
+def test_rows_are_filled_from_the_window_in_whose_middle_they_are(length) -> None:
+    rows_LC = np.random.default_rng(0).normal(size=(length, 3)).astype(np.float32)
+    rows_LC[2] = np.nan
+    filled_LC = fill_rows(_Watched(tells_places=False), "gaps", rows_LC)
+    np.testing.assert_array_equal(filled_LC, np.nan_to_num(rows_LC, nan=-1))
+    place_L = fill_rows(_Watched(tells_places=True), "gaps", rows_LC)[:, 0]
+    assert place_L[-1] == 15, "the last window ends with the table"
+    inner_L = place_L[8:-8]
+    assert ((inner_L >= 4) & (inner_L <= 12)).all()
