@@ -66,10 +66,17 @@ def _config(args: argparse.Namespace) -> int:
 
     import yaml
 
+    from tsmoe.commands.finetune import resolve_run
     from tsmoe.config import encode
-    from tsmoe.train.run_config import resolve
+    from tsmoe.train.run_config import FINE_TUNING, preset_names, read_preset, resolve
 
-    values = encode(resolve(args.preset, args.settings))
+    is_file = args.preset.endswith((".yaml", ".yml"))
+    if args.preset in preset_names(FINE_TUNING) or (
+        is_file and {"table", "tasks", "start"} & read_preset(args.preset).keys()
+    ):
+        values = encode(resolve_run(args.preset, args.settings))
+    else:
+        values = encode(resolve(args.preset, args.settings))
     if args.json:
         print(json.dumps(values, indent=1))
     else:

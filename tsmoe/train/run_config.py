@@ -272,6 +272,11 @@ def read_preset(name_or_path: str, folder: str = PRETRAINING) -> dict[str, Any]:
     if name_or_path.endswith((".yaml", ".yml")):
         return read_yaml(Path(name_or_path))
     if name_or_path not in (names := preset_names(folder)):
+        other, command = (
+            (PRETRAINING, "pretrain") if folder == FINE_TUNING else (FINE_TUNING, "finetune")
+        )
+        if name_or_path in preset_names(other):
+            raise ConfigError(f"{name_or_path} is a preset of tsmoe {command}; use it there")
         raise ConfigError(
             f"{name_or_path!r} is no preset; there are {', '.join(names)}; a file must end in .yaml"
         )

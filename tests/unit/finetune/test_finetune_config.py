@@ -1,7 +1,9 @@
 """Settings of fine-tuning: presets, short forms, and what does not fit together."""
 
 import pytest
+import yaml
 
+from tsmoe.__main__ import main
 from tsmoe.config import encode
 from tsmoe.errors import ConfigError
 from tsmoe.finetune.config import resolve_finetune
@@ -76,3 +78,23 @@ def test_settings_of_a_task_typed_before_its_type_are_kept() -> None:
     assert (config.tasks["forecast"].type, config.tasks["forecast"].prediction_length) == (
         "series", 48
     )  # fmt: skip
+
+
+def test_settings_of_presets_and_files_of_fine_tuning_are_printed(tmp_path, capsys) -> None:
+    assert main(["config", "patch_moe_forecast", "data=t.csv", "seed=3"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["data"], printed["seed"], printed["model"]["norms_first"]) == ("t.csv", 3, True)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(printed))
+    assert main(["config", str(tmp_path / "own.yaml")]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == printed
+    assert main(["config", "full", *BASE]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optimizer"]["lr"] == 0.0002
+
+
+@pytest.mark.parametrize(
+    ("command", "preset"), [("pretrain", "full"), ("finetune", "time_tracker_mini")]
+)
+def test_presets_of_the_other_command_are_known(command, preset, capsys) -> None:
+    other = {"pretrain": "finetune", "finetune": "pretrain"}[command]
+    assert main([command, preset]) == 2
+    assert f"{preset} is a preset of tsmoe {other}" in capsys.readouterr().err
