@@ -183,6 +183,10 @@ def test_deepspeed_launcher_trains_on_two_ranks_and_export_makes_a_package(
     assert forecaster.card["step"] == steps
     assert forecaster.card["windows_seen"] == steps * 16
     assert forecaster.card["metrics"].keys() == {"loss/train", "loss/validation"}
+    assert 0 < forecaster.card["training_hours"] < 1
+    curve = forecaster.card["validation_loss"]
+    assert list(curve.values())[-1] == forecaster.card["metrics"]["loss/validation"]
+    assert list(map(int, curve)) == sorted(map(int, curve))
     wave = np.sin(2 * np.pi * np.arange(64, dtype=np.float32) / 12)
     forecast = forecaster.forecast(100 + 5 * wave[None], 40).mean_BCQ
     assert forecast.shape == (1, 1, 40)

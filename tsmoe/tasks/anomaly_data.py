@@ -169,7 +169,8 @@ def _find_columns(
     if label is None:
         raise DataError(
             f"{path}: no label column (looked for {listed(LABEL_NAMES)}); columns there: "
-            f"{listed(names)}; name the one that is 1 for anomalous rows with label_column"
+            f"{listed(names)}; name the one that is 1 for anomalous rows by label_column (in "
+            "settings tasks.NAME.label_column)"
         )
     entity = entity or first_of(ENTITY_NAMES, free)
     split = split or first_of(SPLIT_NAMES, free)

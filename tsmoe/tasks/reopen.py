@@ -20,6 +20,10 @@ from tsmoe.tasks.task import Task
 _OF_A_FILE = ("columns", "time_column", "split", "season", "test_path", "entity_column",
               "label_column", "split_column", "train_share")  # fmt: skip
 
+# What the command line calls them otherwise.
+_OPTIONS = {"prediction_length": "prediction_length (--horizon)",
+            "test_path": "test_path (--test-data)"}  # fmt: skip
+
 
 def reopen_task(
     predictor: TaskPredictor,
@@ -64,7 +68,8 @@ def reopen_task(
     given = {key: value for key, value in given.items() if value is not None}
     known = vars(task).keys()
     if strangers := sorted(key for key in given if key not in known):
-        raise ConfigError(f"{strangers[0]} is given, but the task {kind} has no use for it")
+        option = _OPTIONS.get(strangers[0], strangers[0])
+        raise ConfigError(f"{option} is given, but the task {kind} has no use for it")
     if Path(path).resolve() != Path(config.path_of(name)).resolve():
         # What the run was told of its own file says nothing of another one.
         of_file: Any = {key: None for key in _OF_A_FILE if key in known}

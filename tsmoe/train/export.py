@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,7 +58,7 @@ def _card(model: Model, meta: CheckpointMeta, folder: Path) -> dict[str, Any]:
             "corpus": config["corpus"] if meta.stream is None else config["stream"],
             "fingerprint": meta.corpus_fingerprint,
         },
-        "metrics": _last_metrics(folder.parent.parent / "metrics.jsonl", steps),
+        **_course(folder.parent.parent / "metrics.jsonl", steps),
         "training": {section: config[section] for section in _CARD_SECTIONS},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "licence": "Apache-2.0 (weights); the training data keep their own licences",
@@ -76,15 +77,28 @@ def _count(model: Model) -> dict[str, int]:
     return {"total": total, "active": total - routed + used}
 
 
-def _last_metrics(path: Path, step: int) -> dict[str, float]:
-    """Read the last training and validation loss up to a step."""
-    found: dict[str, float] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue  # a line cut short by a kill
-            if values["step"] < step:
-                found |= {k: v for k, v in values.items() if k.startswith("loss/")}
-    return found
+def _course(path: Path, step: int) -> dict[str, Any]:
+    """Read how training went up to a step: last losses, hours of all steps, validation by step.
+
+    A step that was done again after a restart counts once, as it is in the weights.
+    """
+    losses: dict[str, float] = {}
+    seconds: dict[int, float] = {}
+    validation: dict[int, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a kill
+        if values["step"] >= step:
+            continue
+        losses |= {k: v for k, v in values.items() if k.startswith("loss/")}
+        if "speed/step_seconds" in values:
+            seconds[values["step"]] = values["speed/step_seconds"]
+        if "loss/validation" in values:
+            validation[values["step"] + 1] = values["loss/validation"]
+    return {
+        "metrics": losses,
+        "training_hours": round(math.fsum(seconds.values()) / 3600, 4),
+        "validation_loss": {str(done): loss for done, loss in sorted(validation.items())},
+    }
