@@ -191,6 +191,17 @@ def test_deepspeed_launcher_trains_on_two_ranks_and_export_makes_a_package(
     forecast = forecaster.forecast(100 + 5 * wave[None], 40).mean_BCQ
     assert forecast.shape == (1, 1, 40)
     assert np.all((forecast > 80) & (forecast < 120))
+    # Fine-tuning starts from the run whose experts lie in two files as from the package.
+    table = tmp_path / "table.csv"
+    rows = np.arange(600, dtype=np.float32)[:, None]
+    np.savetxt(table, np.sin(rows / [3, 5]), delimiter=",", header="a,b", comments="")
+    results = []
+    for start in (run, run / "checkpoints" / f"step_{steps:08}", package):
+        tuned = tmp_path / f"tuned_{len(results)}"
+        words = [f"model={start}", f"data={table}", f"run={tuned}", "training.steps=2"]
+        assert main(["finetune", "full", *words, "table.prediction_length=8"]) == 0
+        results.append(json.loads((tuned / "result.json").read_text()))
+    assert results[0] == results[1] == results[2]
 
 
 # Mistakes, told in one line; nothing is left in the run folder.
