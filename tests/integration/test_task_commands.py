@@ -73,6 +73,10 @@ def test_evaluate_repeats_the_figures_of_the_run(trained, files, capsys) -> None
         assert main([*words, "--json", "-"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found == json.loads((run / "result.json").read_text())["test"][task]
+        assert ("notes" in found) is (task == "anomaly")
+    words = ["evaluate", str(trained["anomaly"] / "package"), "--task", "anomaly"]
+    assert main([*words, "--data", str(files["anomaly"])]) == 0
+    assert "point_adjusted_f1 counts an anomaly as found whole" in capsys.readouterr().out
 
 
 def test_metrics_tell_loads_and_the_balance_loss(trained) -> None:
@@ -232,7 +236,7 @@ def test_classes_that_cannot_be_learned_are_refused(tmp_path, capsys, edit, word
 def test_packages_are_told_apart(trained, files, tmp_path, capsys) -> None:
     package = str(trained["anomaly"] / "package")
     for words, told in (
-        (["--task", "forecast", "--data", str(files["forecast"])], ["0 tasks", "anomaly"]),
+        (["--task", "forecast", "--data", str(files["forecast"])], ["no task", "anomaly"]),
         (["--task", "anomaly", "--data", str(files["anomaly"]), "--context", "99"], ["99", "32"]),
         (
             ["--task", "anomaly", "--data", str(files["anomaly"]), "--protocol", "gift"],
@@ -249,7 +253,7 @@ def test_packages_are_told_apart(trained, files, tmp_path, capsys) -> None:
     table = str(files["forecast"])
     code, line = refused(["forecast", package, table, "--horizon", "4"], capsys)
     assert code == 2
-    assert "0 tasks of the kind forecast" in line
+    assert "the package does not forecast" in line
     words = ["finetune", "full", f"model={package}", f"data={table}", f"run={tmp_path / 'r'}"]
     code, line = refused(words, capsys)
     assert code == 3

@@ -86,10 +86,11 @@ def load_package(folder: Path) -> tuple[Model, dict[str, Any]]:
     """
     for name in (CARD_FILE, MODEL_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder}: no {name}, so this is no package; make one with "
-                "`tsmoe export RUN PACKAGE`"
-            )
+            made = folder / "package"  # of a run of fine-tuning
+            advice = "make one with `tsmoe export RUN PACKAGE`"
+            if (made / CARD_FILE).is_file():
+                advice = f"that of the run is {made}"
+            raise CheckpointError(f"{folder}: no {name}, so this is no package; {advice}")
     try:
         card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

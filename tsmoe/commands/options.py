@@ -35,6 +35,7 @@ def read_table_of(args: argparse.Namespace, *, also: Sequence[str] = ()) -> Tabl
         args.data,
         time_column=args.time_column,
         columns=columns,
+        columns_option="--columns",
         ignores_time=args.ignore_time,
     )
 

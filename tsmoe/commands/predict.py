@@ -24,8 +24,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--out", metavar="OUT.csv", help="CSV or Parquet file (default: CSV on standard output)"
     )
-    parser.add_argument("--entity-column", help="of recordings (default: found by its name)")
-    parser.add_argument("--time-column", help="column of timestamps (default: found by itself)")
+    parser.add_argument("--entity-column", help="of recordings (default: as in training)")
+    parser.add_argument("--time-column", help="column of times (default: as in training)")
     parser.add_argument(
         "--ignore-time", action="store_true", help="take the rows of a table as they stand"
     )
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     require_positive("batch_size", args.batch_size)
     if args.out is not None:
         check_output("--out", args.out, (".csv", ".parquet"))
-    from tsmoe.errors import ConfigError
+    from tsmoe.errors import CheckpointError, ConfigError
     from tsmoe.tasks.answers import answer
     from tsmoe.tasks.predictor import load_predictor
 
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
             time_column=args.time_column,
             ignores_time=args.ignore_time,
         )
-    except ConfigError as error:
-        raise ConfigError(f"{args.package}: {error}") from error
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{args.package}: {error}") from error
     if args.out is None:
         write_csv(frame, sys.stdout)
     else:

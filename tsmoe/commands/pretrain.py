@@ -71,8 +71,11 @@ def _config(args: argparse.Namespace) -> int:
     from tsmoe.train.run_config import FINE_TUNING, preset_names, read_preset, resolve
 
     is_file = args.preset.endswith((".yaml", ".yml"))
-    if args.preset in preset_names(FINE_TUNING) or (
-        is_file and {"table", "tasks", "start"} & read_preset(args.preset).keys()
+    keys = set(read_preset(args.preset)) if is_file else set()
+    if (
+        args.preset in preset_names(FINE_TUNING)
+        or {"table", "tasks", "start"} & keys
+        or any(text.startswith("data=") for text in args.settings)
     ):
         values = encode(resolve_run(args.preset, args.settings))
     else:

@@ -62,6 +62,9 @@ TaskHeadConfig = ForecastHeadConfig | ReconstructionHeadConfig | ClassificationH
 class ForecastHead(nn.Module):
     """Linear map from the flattened tokens of a variate (PatchTST, arXiv 2211.14730)."""
 
+    num_variates: int | None = None
+    """Variates that windows must have; None for any."""
+
     def __init__(
         self, config: ForecastHeadConfig, d_model: int, num_patches: int, context_length: int
     ) -> None:
@@ -96,6 +99,9 @@ class ForecastHead(nn.Module):
 class ReconstructionHead(nn.Module):
     """Linear map from a token to the points of its own patch."""
 
+    num_variates: int | None = None
+    """Variates that windows must have; None for any."""
+
     def __init__(self, d_model: int, patch_length: int, context_length: int) -> None:
         super().__init__()
         self.context_length = context_length
@@ -115,7 +121,7 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, config: ClassificationHeadConfig, d_model: int, num_patches: int) -> None:
         super().__init__()
-        self.num_variates = config.num_variates
+        self.num_variates: int = config.num_variates
         self.pooling = config.pooling
         self.dropout = nn.Dropout(config.dropout)
         pooled = num_patches if config.pooling == "flatten" else 2

@@ -7,7 +7,7 @@ R width of the router's memory; 1 kept for broadcasting.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tsmoe.batch import WindowBatch
 from tsmoe.config import Section
-from tsmoe.heads.task import (
-    ClassificationHead,
-    ForecastHead,
-    ReconstructionHead,
-    TaskHeadConfig,
-    build_task_head,
-)
+from tsmoe.heads.task import ForecastHead, ReconstructionHead, TaskHeadConfig, build_task_head
 from tsmoe.models.block import FeedForwardConfig
 from tsmoe.models.encoder_block import EncoderBlock
 from tsmoe.models.output import TaskOutput
@@ -292,9 +286,10 @@ class PatchMoE(nn.Module):
             if name == task:
                 continue
             seen: tuple[Tensor, ...] = (tokens_BCND, is_seen_BCN, window_BCL)
-            if isinstance(head, ClassificationHead):
-                # It takes as many variates as its cases have: those at hand stand in for them.
-                place_V = torch.arange(head.num_variates) % tokens_BCND.shape[1]
+            wanted = cast(int | None, head.num_variates)
+            if wanted is not None:
+                # Those at hand stand in for the variates of its own windows.
+                place_V = torch.arange(wanted) % tokens_BCND.shape[1]
                 seen = tuple(part[:, place_V] for part in seen)
             nothing = nothing + 0.0 * head(*seen).float().sum()
         return nothing

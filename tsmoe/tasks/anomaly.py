@@ -142,17 +142,21 @@ class AnomalyTask:
         """Name an entity."""
         return self.data.entities[number].name
 
-    def card(self) -> dict[str, Any]:
+    def card(self, predictor: TaskPredictor | None = None) -> dict[str, Any]:
         """Say what is watched, and how scores are made."""
+        learned = {} if predictor is None else {"threshold": self.threshold(predictor)}
         return {
             "type": "anomaly",
             "variates": list(self.data.variates),
             "hidden_share": self.config.hidden_share,
             "flagged_share": self.config.flagged_share,
             "entities": {
-                entity.name: {"mean": _known(scaler.mean_C), "std": _known(scaler.std_C)}
+                entity.name: {"mean": _as_json(scaler.mean_C), "std": _as_json(scaler.std_C)}
                 for entity, scaler in zip(self.data.entities, self.scalers, strict=True)
             },
+            "entity_column": self.data.entity_column,
+            "time_column": self.data.time_column,
+            **learned,
         }
 
     def evaluate(self, predictor: TaskPredictor) -> TaskEvaluation:
@@ -283,7 +287,7 @@ class AnomalyTask:
         )
 
 
-def _known(numbers_C: NDArray[np.float64]) -> list[float | None]:
+def _as_json(numbers_C: NDArray[np.float64]) -> list[float | None]:
     """Return numbers as JSON has them: None for NaN."""
     return [None if math.isnan(number) else number for number in numbers_C.tolist()]
 

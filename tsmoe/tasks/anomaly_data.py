@@ -7,6 +7,7 @@ L rows of a part   C variates
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.table import is_numeric
+from data_pipeline.table import first_text, is_numeric
 from data_pipeline.table_file import read_columns
 from data_pipeline.time_column import TIME_NAMES, parse_times, pick_time_column
 from tsmoe.errors import ConfigError, DataError
@@ -56,6 +57,10 @@ class AnomalyData:
     path: str
     variates: tuple[str, ...]
     entities: tuple[Entity, ...]
+    entity_column: str | None = None
+    """None where all rows are of one entity."""
+    time_column: str | None = None
+    """What rows were sorted by; None if they are taken as they stand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,13 @@ def read_anomaly_data(
         rows = order_L[starts[index] : starts[index + 1]]
         where = f"{path}, entity {name!r}"
         entities.append(_cut_entity(name, values_LC, labels_L, rows, is_test_L, where=where))
-    return AnomalyData(path=str(path), variates=columns.variates, entities=tuple(entities))
+    return AnomalyData(
+        path=str(path),
+        variates=columns.variates,
+        entities=tuple(entities),
+        entity_column=columns.entity,
+        time_column=columns.time,
+    )
 
 
 def labelled_in_train(data: AnomalyData) -> int:
@@ -222,18 +233,35 @@ def _check_share(train_share: float | None, split: str | None, path: Path) -> No
         raise ConfigError(f"train_share must lie between 0 and 1, got {train_share}")
 
 
-def _read_values(table: pa.Table, variates: tuple[str, ...], path: Path) -> np.ndarray:
+def read_numbers(table: pa.Table, variates: Sequence[str], path: Path) -> np.ndarray:
+    """Return the columns of variates as float32; NaN where not observed.
+
+    Raises:
+        DataError: naming the first cell that is not a finite number.
+    """
     values_LC = np.empty((table.num_rows, len(variates)), np.float32)
-    for index, name in enumerate(variates):
-        values_LC[:, index] = table.column(name).cast(pa.float32(), safe=False).to_numpy()
+    for place, name in enumerate(variates):
+        column = table.column(name)
+        if not is_numeric(column.type):
+            row, value = first_text(column)
+            raise DataError(
+                f"{path}, column {name!r}, row {row}: {value!r} is not a number; mend the cell, or "
+                "leave it empty"
+            )
+        values_LC[:, place] = column.cast(pa.float32(), safe=False).to_numpy()
     is_infinite_LC = np.isinf(values_LC)
     if is_infinite_LC.any():
-        row, variate = np.argwhere(is_infinite_LC)[0]
-        name = variates[variate]
+        row, place = np.argwhere(is_infinite_LC)[0]
+        name = variates[place]
         raise DataError(
             f"{path}, column {name!r}, row {row + 1}: {table.column(name)[int(row)].as_py()} is "
             f"infinite or beyond float32; leave the cell empty if the value is missing"
         )
+    return values_LC
+
+
+def _read_values(table: pa.Table, variates: tuple[str, ...], path: Path) -> np.ndarray:
+    values_LC = read_numbers(table, variates, path)
     is_unseen_C = np.isnan(values_LC).all(axis=0)
     unseen = [variates[index] for index in np.flatnonzero(is_unseen_C)]
     if unseen:

@@ -5,14 +5,20 @@ Shapes: B cases, C variates, L rows, Q prediction steps, S series, Y classes.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.table import read_table
+from data_pipeline.table import Table, read_table
+from data_pipeline.table_file import read_columns
+from data_pipeline.time_column import parse_times, pick_time_column
 from tsmoe.errors import CheckpointError, ConfigError, DataError
 from tsmoe.tasks.anomaly import reconstruction_scores
 from tsmoe.tasks.case_data import read_unlabelled_cases
@@ -20,9 +26,12 @@ from tsmoe.tasks.classification import CaseScaler
 from tsmoe.tasks.imputation import fill_rows
 from tsmoe.tasks.predictor import TaskForecaster, TaskPredictor, fit_length
 from tsmoe.tasks.recordings import read_recordings
+from tsmoe.tasks.series import scales_of_series
 from tsmoe.tasks.series_data import read_histories
 from tsmoe.tasks.task_file import listed
 from tsmoe.tasks.windows import bounded
+
+logger = logging.getLogger(__name__)
 
 ANSWERED = ("anomaly", "imputation", "classification", "series")
 """Kinds of tasks that answer here; tables are forecast by `tsmoe forecast`."""
@@ -30,7 +39,7 @@ ANSWERED = ("anomaly", "imputation", "classification", "series")
 
 def answer(
     predictor: TaskPredictor,
-    path: str,
+    path: str | Path,
     *,
     task: str | None = None,
     entity_column: str | None = None,
@@ -43,7 +52,7 @@ def answer(
         predictor: of the package.
         path: the file.
         task: its kind or name; None: the only one that answers.
-        entity_column: of recordings; None: found by its name. The same for what follows.
+        entity_column: of recordings; None: as in training. The same for what follows.
         time_column: of recordings and tables.
         ignores_time: of tables: take rows as they stand.
 
@@ -53,53 +62,59 @@ def answer(
         follow each one.
 
     Raises:
-        ConfigError: if the package has no such task, or several.
+        ConfigError: if the package has no such task, or several, or an option is not for it.
         CheckpointError: if its card lacks what the answer needs.
         DataError: if the file does not fit it.
     """
     name, card = _task_of(predictor, task)
-    kind = card["type"]
-    given = {"entity_column": entity_column, "time_column": time_column,
-             "ignores_time": ignores_time or None}  # fmt: skip
-    heeded = {"anomaly": ("entity_column", "time_column"),
-              "imputation": ("time_column", "ignores_time")}.get(kind, ())  # fmt: skip
-    for option, value in given.items():
-        if value is not None and option not in heeded:
-            raise ConfigError(f"{option} is given, but the task {kind} has no use for it")
-    if kind == "anomaly":
-        return _score(predictor, name, card, path, entity_column, time_column)
-    if kind == "imputation":
-        return _fill(predictor, name, card, path, time_column, ignores_time)
-    if kind == "classification":
-        return _classify(predictor, name, card, path)
-    return _continue(predictor, name, path)
+    options = {"entity_column": entity_column, "time_column": time_column,
+               "ignores_time": ignores_time or None}  # fmt: skip
+    match card["type"]:
+        case "anomaly":
+            _refuse("anomaly", options, heeded=("entity_column", "time_column"))
+            return _score(predictor, name, card, path, entity_column, time_column)
+        case "imputation":
+            _refuse("imputation", options, heeded=("time_column", "ignores_time"))
+            return _fill(predictor, name, card, path, time_column, ignores_time)
+        case "classification":
+            _refuse("classification", options)
+            return _classify(predictor, name, card, path)
+        case _:
+            _refuse("series", options)
+            return _continue(predictor, name, path)
 
 
-def _task_of(predictor: TaskPredictor, asked: str | None) -> tuple[str, dict[str, Any]]:
+def _task_of(predictor: TaskPredictor, asked: str | None) -> tuple[str, Mapping[str, Any]]:
     cards = predictor.card.get("tasks", {})
-    if asked is None:
-        answering = [name for name, card in cards.items() if card.get("type") in ANSWERED]
-        if len(answering) != 1:
-            there = ", ".join(f"{name} ({card.get('type')})" for name, card in cards.items())
-            raise ConfigError(
-                f"name the task; the package has {there or 'none'}"
-                + ("" if answering else "; forecasts of tables are made by tsmoe forecast")
-            )
-        asked = answering[0]
-    name = predictor.task(asked)
-    card = cards.get(name, {})
-    if card.get("type") not in ANSWERED:
+    kinds = {name: _of_card(cards.get(name, {}), "type") for name in predictor.model.tasks}
+    answering = [name for name, kind in kinds.items() if kind in ANSWERED]
+    there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    if not answering:
+        raise ConfigError(f"it has {there}; tables are forecast by tsmoe forecast")
+    if asked is None and len(answering) > 1:
+        raise ConfigError(f"it has {there}; name one by --task")
+    name = answering[0] if asked is None else predictor.task(asked)
+    if name not in answering:
         raise ConfigError(
-            f"task {name} is a {card.get('type')}; forecasts of tables are made by tsmoe forecast"
+            f"task {name} is of the kind {kinds[name]}; tables are forecast by tsmoe forecast"
         )
-    return name, card
+    return name, cards[name]
 
 
-def _known(card: dict[str, Any], key: str) -> Any:  # whatever the card holds
+def _refuse(kind: str, options: Mapping[str, Any], *, heeded: tuple[str, ...] = ()) -> None:
+    for option, value in options.items():
+        if value is not None and option not in heeded:
+            typed = {"ignores_time": "ignore-time"}.get(option, option.replace("_", "-"))
+            raise ConfigError(
+                f"--{typed} is given, but a task of the kind {kind} has no use for it"
+            )
+
+
+def _of_card(card: Mapping[str, Any], key: str) -> Any:  # whatever the card holds
     if card.get(key) is None:
         raise CheckpointError(
-            f"the package's card does not say {key!r} of its task, as it was written by an earlier "
-            "version or its run broke off; train it anew"
+            f"the card of the package does not say {key!r} of its task; it was written by an "
+            "earlier version of tsmoe: train it anew"
         )
     return card[key]
 
@@ -107,84 +122,138 @@ def _known(card: dict[str, Any], key: str) -> Any:  # whatever the card holds
 def _score(
     predictor: TaskPredictor,
     name: str,
-    card: dict[str, Any],
-    path: str,
+    card: Mapping[str, Any],
+    path: str | Path,
     entity_column: str | None,
     time_column: str | None,
 ) -> pd.DataFrame:
     """Score each row by its reconstruction error, entity by entity."""
-    entities, threshold = _known(card, "entities"), _known(card, "threshold")
+    entities, threshold = _of_card(card, "entities"), _of_card(card, "threshold")
     recordings = read_recordings(
-        path, card["variates"], entity_column=entity_column, time_column=time_column
+        path,
+        _of_card(card, "variates"),
+        entity_column=entity_column or card.get("entity_column"),
+        time_column=time_column or card.get("time_column"),
     )
-    names = recordings.entities
-    is_only_one = len(names) == len(entities) == 1
-    strangers = [] if is_only_one else [own for own in names if own not in entities]
-    if strangers:
+    if entity_column is None and card.get("entity_column") is None:
+        scales = dict.fromkeys(recordings.entities, next(iter(entities.values())))
+    else:
+        scales = entities
+    if strangers := [own for own in recordings.entities if own not in scales]:
         raise DataError(
             f"{path}: the package was not trained on the entities {listed(strangers)}; it knows "
-            f"{listed(list(entities))}; leave the others out or train with them"
+            f"{listed(list(scales))}; leave the others out or train with them"
         )
     score_L = np.full(len(recordings.values_LC), np.nan)
-    for own, rows in zip(names, recordings.rows, strict=True):
-        scale = next(iter(entities.values())) if is_only_one else entities[own]
-        mean_C, std_C = (np.array(scale[key], np.float64) for key in ("mean", "std"))
+    for own, rows in zip(recordings.entities, recordings.rows, strict=True):
+        if len(rows) < predictor.context_length:
+            logger.warning(
+                "%s, %s: %d rows are fewer than the %d of a window; what is unusual shows only "
+                "beside what is usual",
+                path, own, len(rows), predictor.context_length,
+            )  # fmt: skip
+        mean_C, std_C = (np.array(scales[own][key], np.float64) for key in ("mean", "std"))
         score_L[rows] = reconstruction_scores(
             predictor,
             name,
             bounded((recordings.values_LC[rows] - mean_C) / std_C),
             patch_length=predictor.model.config.patch_length,
-            hidden_share=card["hidden_share"],
+            hidden_share=_of_card(card, "hidden_share"),
         )
-    columns: dict[str, Any] = {key: column.to_pandas() for key, column in recordings.named.items()}
-    taken = [key for key in ("score", "is_anomaly") if key in columns]
-    if taken:
-        raise DataError(f"{path}: the column {taken[0]!r} would stand twice; rename it")
     # Without anything recorded there is no score, and nothing to warn of.
-    return pd.DataFrame({**columns, "score": score_L, "is_anomaly": score_L > threshold})
+    return _beside(recordings.named, {"score": score_L, "is_anomaly": score_L > threshold}, path)
+
+
+def _beside(
+    named: Mapping[str, pa.ChunkedArray], answers: Mapping[str, Any], path: str | Path
+) -> pd.DataFrame:
+    """Put answers beside the columns of the file that say what they are of."""
+    if twice := [name for name in answers if name in named]:
+        raise DataError(f"{path}: the column {twice[0]!r} would stand twice; rename it")
+    return pd.DataFrame({**{name: column.to_pandas() for name, column in named.items()}, **answers})
 
 
 def _fill(
     predictor: TaskPredictor,
     name: str,
-    card: dict[str, Any],
-    path: str,
+    card: Mapping[str, Any],
+    path: str | Path,
     time_column: str | None,
     ignores_time: bool,
 ) -> pd.DataFrame:
-    """Fill what is missing of a table; what is there stays as it is."""
-    mean_C, std_C = (np.array(_known(card, key), np.float64) for key in ("mean", "std"))
+    """Fill what is missing of a table; whatever else the file holds stays as it is."""
+    mean_C, std_C = (np.array(_of_card(card, key), np.float64) for key in ("mean", "std"))
+    time_column = time_column or card.get("time_column")
     table = read_table(
-        path, time_column=time_column, columns=card["variates"], ignores_time=ignores_time
+        path,
+        time_column=time_column,
+        columns=_of_card(card, "variates"),
+        columns_option="variates of the package",
+        ignores_time=ignores_time or bool(card.get("ignores_time")),
     )
-    values_LC = table.values_LC
-    empty = [
-        own
-        for own, is_seen in zip(table.variates, np.isfinite(values_LC).any(axis=0), strict=True)
-        if not is_seen
-    ]
-    if empty:
+    is_missing_LC = ~np.isfinite(table.values_LC)
+    if is_missing_LC.all(axis=0).any():
+        empty = [table.variates[place] for place in np.flatnonzero(is_missing_LC.all(axis=0))]
         raise DataError(
             f"{path}: nothing is observed of {listed(empty)}, so there is nothing to fill it from; "
             "give rows with values"
         )
-    filled_LC = fill_rows(predictor, name, bounded((values_LC - mean_C) / std_C)) * std_C + mean_C
-    filled_LC = np.where(np.isfinite(values_LC), values_LC, filled_LC).astype(np.float32)
-    columns: dict[str, Any] = {}
-    if table.timestamps is not None:
-        columns[time_column or "date"] = table.timestamps
-    columns |= {own: filled_LC[:, place] for place, own in enumerate(table.variates)}
-    return pd.DataFrame(columns)
+    _warn_of_long_gaps(table, is_missing_LC, predictor.context_length)
+    scaled_LC = bounded((table.values_LC - mean_C) / std_C)
+    filled_LC = fill_rows(predictor, name, scaled_LC).astype(np.float64) * std_C + mean_C
+    frame = _on_grid(read_columns(Path(path)), table, time_column)
+    for place, own in enumerate(table.variates):
+        is_missing_L = is_missing_LC[:, place]
+        if is_missing_L.any():
+            values_L = frame[own].to_numpy(np.float64, na_value=np.nan, copy=True)
+            values_L[is_missing_L] = filled_LC[is_missing_L, place]
+            frame[own] = values_L
+    return frame
 
 
-def _classify(predictor: TaskPredictor, name: str, card: dict[str, Any], path: str) -> pd.DataFrame:
+def _on_grid(raw: pa.Table, table: Table, time_column: str | None) -> pd.DataFrame:
+    """Return the file as a data frame, with rows for the times that it leaves out."""
+    frame = raw.to_pandas()
+    if len(frame) == len(table.values_LC) or table.timestamps is None:
+        return frame
+    path = Path(table.path)
+    name = pick_time_column(raw, path, time_column=time_column, variates=table.variates)
+    assert name is not None, "the table has times"
+    stamps, has_zone = parse_times(raw.column(name), f"{path}, column {name!r}")
+    added = len(table.timestamps) - len(frame)
+    logger.info("%s: %d rows of times that the file leaves out were added", path, added)
+    frame.index = pd.Index(np.searchsorted(table.timestamps, stamps))
+    frame = frame.reindex(range(len(table.timestamps)))
+    times = pd.DatetimeIndex(table.timestamps)
+    frame[name] = times.tz_localize("UTC") if has_zone else times
+    return frame
+
+
+def _warn_of_long_gaps(table: Table, is_missing_LC: NDArray[np.bool_], context_length: int) -> None:
+    for place, own in enumerate(table.variates):
+        padded_L = np.concatenate(([False], is_missing_LC[:, place], [False]))
+        begins, ends = np.flatnonzero(padded_L[1:] != padded_L[:-1]).reshape(-1, 2).T
+        long = np.flatnonzero(ends - begins > context_length // 2)
+        if len(long):
+            logger.warning(
+                "%s: %s is missing for %d rows from row %d on, more than half of the %d that the "
+                "package looks at: what is filled in there is little more than a guess",
+                table.path, own, ends[long[0]] - begins[long[0]], begins[long[0]] + 1,
+                context_length,
+            )  # fmt: skip
+
+
+def _classify(
+    predictor: TaskPredictor, name: str, card: Mapping[str, Any], path: str | Path
+) -> pd.DataFrame:
     """Tell the class of each case."""
-    scaler = CaseScaler(mean_C=np.array(card["mean"]), std_C=np.array(card["std"]))
+    mean_C, std_C = (np.array(_of_card(card, key), np.float64) for key in ("mean", "std"))
+    classes, scaler = np.array(_of_card(card, "classes")), CaseScaler(mean_C=mean_C, std_C=std_C)
     cases = read_unlabelled_cases(path)
-    if cases.num_variates != len(scaler.mean_C):
+    if cases.num_variates != len(mean_C):
         raise DataError(
             f"{path}: cases have {cases.num_variates} channels, but the package was trained on "
-            f"{len(scaler.mean_C)}"
+            f"{len(mean_C)}"
         )
     windows_BCL = np.concatenate(
         [
@@ -194,30 +263,35 @@ def _classify(predictor: TaskPredictor, name: str, card: dict[str, Any], path: s
     )
     logits_BY = torch.from_numpy(predictor.predict(windows_BCL, name))
     probability_BY: NDArray[np.float32] = logits_BY.softmax(-1).numpy()
-    classes = np.array(card["classes"])
-    return pd.DataFrame(
+    raw = read_columns(Path(path))
+    named = {
+        field.name: raw.column(field.name)
+        for field in raw.schema
+        if not pa.types.is_nested(field.type)
+    }
+    return _beside(
+        named,
         {
             "case": np.arange(1, len(windows_BCL) + 1),
             "class": classes[probability_BY.argmax(axis=1)],
             **{f"probability {own}": probability_BY[:, y] for y, own in enumerate(classes)},
-        }
+        },
+        path,
     )
 
 
-def _continue(predictor: TaskPredictor, name: str, path: str) -> pd.DataFrame:
-    """Forecast what follows each series, scaled by its own mean and deviation."""
+def _continue(predictor: TaskPredictor, name: str, path: str | Path) -> pd.DataFrame:
+    """Forecast what follows each series, scaled as those that were learned from."""
     names, values = read_histories(path)
-    loc_S = np.array([np.nanmean(own_L.astype(np.float64)) for own_L in values])
-    std_S = np.array([np.nanstd(own_L.astype(np.float64)) for own_L in values])
-    scale_S = np.where(std_S > 0, std_S, 1.0)
+    forecaster = TaskForecaster(predictor, name)
+    horizon = forecaster.prediction_length
+    loc_S, scale_S = scales_of_series(values, horizon)
     context_SCL = np.concatenate(
         [
             fit_length(bounded((own_L - loc) / scale)[None, None], predictor.context_length)
             for own_L, loc, scale in zip(values, loc_S, scale_S, strict=True)
         ]
     )
-    forecaster = TaskForecaster(predictor, name)
-    horizon = forecaster.prediction_length
     scaled_SQ = forecaster.forecast_batch(context_SCL, horizon).mean_BCQ[:, 0]
     forecast_SQ = scaled_SQ * scale_S[:, None] + loc_S[:, None]
     return pd.DataFrame(

@@ -112,7 +112,7 @@ class ClassificationTask:
             ]
         )
 
-    def card(self) -> dict[str, Any]:
+    def card(self, predictor: TaskPredictor | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Say what the classes are and how cases are scaled."""
         return {
             "type": "classification",

@@ -92,7 +92,7 @@ class TableForecastTask:
         """Name the table, or of univariate windows the variate."""
         return self.table.variates[number] if self.config.is_univariate else self.source
 
-    def card(self) -> dict[str, Any]:
+    def card(self, predictor: TaskPredictor | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Say what is forecast."""
         return {
             "type": "forecast",

@@ -94,13 +94,15 @@ class ImputationTask:
         """Name the table."""
         return self.source
 
-    def card(self) -> dict[str, Any]:
+    def card(self, predictor: TaskPredictor | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Say what is filled."""
         return {
             "type": "imputation",
             "variates": list(self.table.variates),
             "mean": self.scaler.mean_C.tolist(),
             "std": self.scaler.std_C.tolist(),
+            "time_column": self.config.time_column,
+            "ignores_time": self.config.ignores_time,
         }
 
     def evaluate(self, predictor: TaskPredictor) -> TaskEvaluation:
@@ -206,7 +208,7 @@ def fill_rows(predictor: TaskPredictor, task: str, scaled_LC: Floats) -> Floats:
         task: name of it.
         scaled_LC: as in training; NaN where not observed.
     """
-    context, (length, variates) = predictor.context_length, scaled_LC.shape
+    context, length = predictor.context_length, len(scaled_LC)
     step = max(1, context // 2)
     count = 1 + max(0, -(-(length - context) // step))
     # The first window may begin before the table.
@@ -217,8 +219,7 @@ def fill_rows(predictor: TaskPredictor, task: str, scaled_LC: Floats) -> Floats:
     row_L = np.arange(len(padded_LC))
     # The window that has a row nearest to its middle.
     window_L = np.clip(np.rint((row_L - (context - 1) / 2) / step), 0, count - 1).astype(np.int64)
-    filled_LC = points_BCL[window_L, :, row_L - window_L * step]
-    return filled_LC.reshape(-1, variates)[lead:]
+    return points_BCL[window_L, :, row_L - window_L * step][lead:]
 
 
 def draw_training_mask(

@@ -53,8 +53,9 @@ class TaskPredictor:
         names = [name for name in self.model.tasks if of_card.get(name, {}).get("type") == kind]
         if len(names) != 1:
             there = {name: of_card.get(name, {}).get("type") for name in self.model.tasks}
+            found = f"{len(names)} tasks" if names else "no task"
             raise ConfigError(
-                f"the package has {len(names)} tasks of the kind {kind}; there are "
+                f"the package has {found} of the kind or name {kind}; there are "
                 f"{', '.join(f'{name} ({its_kind})' for name, its_kind in there.items())}; "
                 "give one of these names"
             )
@@ -214,6 +215,12 @@ def load_forecaster(
     of_card = predictor.card.get("tasks", {})
     kinds = [kind for kind in ("forecast", "series")
              if any(card.get("type") == kind for card in of_card.values())]  # fmt: skip
+    if task is None and of_card and not kinds:
+        tasks = ", ".join(f"{own} ({card.get('type')})" for own, card in of_card.items())
+        raise ConfigError(
+            f"{path}: the package does not forecast, it has {tasks}; its answers are given by "
+            "tsmoe predict"
+        )
     name = predictor.task(task or (kinds[0] if kinds else "forecast"))
     if of_card.get(name, {}).get("type", "forecast") not in ("forecast", "series"):
         raise ConfigError(
@@ -242,7 +249,7 @@ def load_predictor(
     opened = open_package(path, device=device, batch_size=batch_size)
     if not isinstance(opened, TaskPredictor):
         raise CheckpointError(
-            f"{path}: holds a {opened.model.config.type}, which forecasts; load it with "
-            "tsmoe.inference.Forecaster.load"
+            f"{path}: holds a {opened.model.config.type}, which forecasts: use tsmoe forecast, or "
+            "from Python tsmoe.inference.Forecaster.load"
         )
     return opened

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.table import is_numeric
 from data_pipeline.table_file import read_columns
-from tsmoe.errors import ConfigError, DataError
-from tsmoe.tasks.anomaly_data import ENTITY_NAMES, find_time, first_of, read_entities, read_time
+from tsmoe.errors import ConfigError
+from tsmoe.tasks.anomaly_data import read_entities, read_numbers, read_time
 from tsmoe.tasks.task_file import listed, require_columns
 
 
@@ -41,45 +40,35 @@ def read_recordings(
 ) -> Recordings:
     """Read what was recorded of some variates; other columns, such as labels, are ignored.
 
-    Entities and the time are found as in `read_anomaly_data`; without a column of entities all rows
-    are of one, named after the file.
+    Args:
+        path: a table, Parquet or CSV, one row per entity and time.
+        variates: columns to read, in this order.
+        entity_column: None if all rows are of one entity, which is named after the file.
+        time_column: what rows are sorted by; None to take them as they stand.
 
     Raises:
-        ConfigError: if an option names a column that is not there.
+        ConfigError: if a column of entities or times is not there, or is a variate.
         DataError: for everything that is wrong with the file.
     """
     path = Path(path)
     table = read_columns(path)
-    for option, name in (("entity_column", entity_column), ("time_column", time_column)):
+    for option, name in (("entity column", entity_column), ("time column", time_column)):
         if name is not None and name not in table.column_names:
             raise ConfigError(
-                f"{option}: {path} has no column {name!r}; columns there: "
-                f"{listed(table.column_names)}"
+                f"{path} has no {option} {name!r}; columns there: {listed(table.column_names)}; "
+                f"--{option.replace(' ', '-')} names another"
             )
+        if name in variates or (name is not None and entity_column == time_column):
+            raise ConfigError(f"{option}: {name!r} is something else already; name another")
     require_columns(table, variates, path)
-    values_LC = np.empty((table.num_rows, len(variates)), np.float32)
-    for place, name in enumerate(variates):
-        column = table.column(name)
-        if not is_numeric(column.type):
-            raise DataError(f"{path}, column {name!r}: {column.type} values are no numbers")
-        values_LC[:, place] = column.cast(pa.float32(), safe=False).to_numpy()
-    if np.isinf(values_LC).any():
-        row, place = np.argwhere(np.isinf(values_LC))[0]
-        raise DataError(
-            f"{path}, column {variates[place]!r}, row {row + 1}: infinite or beyond float32; leave "
-            "the cell empty if the value is missing"
-        )
-    rest = [name for name in table.column_names if name not in variates and name != entity_column]
-    entity = entity_column or first_of(ENTITY_NAMES, rest)
-    rest = [name for name in rest if name != entity]
-    time = time_column or find_time(table, rest, path)
+    values_LC = read_numbers(table, variates, path)
     order_L = np.arange(table.num_rows)
-    if time is not None:
-        order_L = np.argsort(read_time(table, time, path), kind="stable")
-    names, entity_L = read_entities(table, entity, path)
+    if time_column is not None:
+        order_L = np.argsort(read_time(table, time_column, path), kind="stable")
+    names, entity_L = read_entities(table, entity_column, path)
     return Recordings(
         path=str(path),
-        named={name: table.column(name) for name in (entity, time) if name is not None},
+        named={name: table.column(name) for name in (entity_column, time_column) if name},
         values_LC=values_LC,
         entities=names,
         rows=tuple(order_L[entity_L[order_L] == number] for number in range(len(names))),

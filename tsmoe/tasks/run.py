@@ -279,9 +279,8 @@ class TaskWork:
         package = folder / PACKAGE_FOLDER
         save_package(package, model, self._card(model, cards, step, verdict, {}))
         predictor = TaskPredictor(model, {"tasks": cards}, device)
-        for name, task in self.tasks.items():
-            if self._evaluates and isinstance(task, AnomalyTask):
-                cards[name]["threshold"] = task.threshold(predictor)
+        cards = {name: task.card(predictor) for name, task in self.tasks.items()}
+        save_package(package, model, self._card(model, cards, step, verdict, {}))
         judged = self.tasks if self._evaluates else {}
         evaluations = {name: task.evaluate(predictor) for name, task in judged.items()}
         found = {name: evaluation.to_json_dict() for name, evaluation in evaluations.items()}

@@ -6,9 +6,11 @@ Shapes: B windows, S series, L points of a series, Q prediction steps, W steps o
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tsmoe.batch import WindowBatch
 from tsmoe.errors import DataError
@@ -43,10 +45,7 @@ class SeriesForecastTask:
         self.loss_of_points = config.loss
         self.data = data = read_series(path, config.test_path, config.prediction_length)
         # Of what is learned from, without the last part, which validates.
-        learned = [self._learned_part(train_L) for train_L in data.train]
-        self._loc_S = np.array([np.nanmean(values_L.astype(np.float64)) for values_L in learned])
-        std_S = np.array([np.nanstd(values_L.astype(np.float64)) for values_L in learned])
-        self._scale_S = np.where(std_S > 0, std_S, 1.0)
+        self._loc_S, self._scale_S = scales_of_series(data.train, config.prediction_length)
         segments = [self._scaled(number)[:, None] for number in range(len(data.train))]
         self._store = WindowStore(segments, lead=context_length)
         horizon = config.prediction_length
@@ -91,7 +90,7 @@ class SeriesForecastTask:
         """Name a series."""
         return self.data.names[number]
 
-    def card(self) -> dict[str, Any]:
+    def card(self, predictor: TaskPredictor | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Say what is forecast."""
         return {"type": "series", "prediction_length": self.config.prediction_length}
 
@@ -155,7 +154,7 @@ class SeriesForecastTask:
             return "seasonal with values that are not positive"
         return None
 
-    def _forecasts(self, forecaster: TaskForecaster) -> Floats:
+    def _forecasts(self, forecaster: TaskForecaster) -> NDArray[np.float64]:
         """Return forecast_SQ of what follows each series, in its own unit."""
         context_SCL = np.concatenate(
             [
@@ -170,10 +169,6 @@ class SeriesForecastTask:
     def _scaled(self, number: int) -> Floats:
         values_L = self.data.train[number]
         return bounded((values_L - self._loc_S[number]) / self._scale_S[number])
-
-    def _learned_part(self, train_L: Floats) -> Floats:
-        part_L = train_L[: -self.config.prediction_length]
-        return part_L if np.isfinite(part_L).any() else train_L
 
     def _with_targets(self, starts_M: Integers) -> Integers:
         recorded_M = self._store.count_recorded(starts_M, self.context_length, self._length)
@@ -190,3 +185,16 @@ class SeriesForecastTask:
             ids_B=np.array([self._store.segment_of(int(end)) for end in ends_B]),
             task=self.name,
         )
+
+
+def scales_of_series(
+    values: Sequence[Floats], prediction_length: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and deviation of each series without its last steps, or of the whole if short."""
+    parts = []
+    for values_L in values:
+        part_L = values_L[:-prediction_length]
+        parts.append(part_L if np.isfinite(part_L).any() else values_L)
+    loc_S = np.array([np.nanmean(part_L.astype(np.float64)) for part_L in parts])
+    std_S = np.array([np.nanstd(part_L.astype(np.float64)) for part_L in parts])
+    return loc_S, np.where(std_S > 0, std_S, 1.0)

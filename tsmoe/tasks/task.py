@@ -75,8 +75,12 @@ class Task(Protocol):
         """Name what a window was cut from."""
         ...
 
-    def card(self) -> dict[str, Any]:
-        """Return what predicting needs to know, for the card of a package."""
+    def card(self, predictor: TaskPredictor | None = None) -> dict[str, Any]:
+        """Return what predicting needs to know, for the card of a package.
+
+        Args:
+            predictor: of the trained model, for what only it can tell; None before training.
+        """
         ...
 
     def evaluate(self, predictor: TaskPredictor) -> TaskEvaluation:

@@ -3,18 +3,21 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-from tsmoe.errors import DataError, TsmoeError
+from tsmoe.errors import DataError, TrainingError, TsmoeError
+from tsmoe.tasks.answers import answer
 from tsmoe.tasks.estimators import (
     PatchMoEAnomalyDetector,
     PatchMoEClassifier,
     PatchMoEForecaster,
     PatchMoEImputer,
 )
+from tsmoe.tasks.predictor import load_predictor
 
 SMALL = (
     "model.patch_length=8", "model.d_model=16", "model.num_heads=2", "model.num_layers=1",
@@ -199,3 +202,44 @@ def test_imputer_fits_and_transforms_and_keeps_large_numbers() -> None:
     is_there = np.isfinite(rows_LC)
     np.testing.assert_array_equal(filled_LC[is_there], rows_LC[is_there])
     assert np.isfinite(filled_LC).all()
+
+
+def test_as_many_rows_as_are_asked_for_are_enough() -> None:
+    settings = [*SHORT, "tasks.forecast.prediction_length=16", "training.steps=1"]
+    with pytest.raises(DataError, match=r"about (\d+) are needed") as refused:
+        PatchMoEForecaster(settings).fit(waves(60))
+    needed = int(str(refused.value).split("about ")[1].split()[0])
+    with pytest.raises(DataError, match="are needed"):
+        PatchMoEForecaster(settings).fit(waves(needed - 12))
+    PatchMoEForecaster([*settings, "optimizer.lr=1e-5"]).fit(waves(needed))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2.0])
+def test_imputer_hides_a_part_of_the_points(share) -> None:
+    model = PatchMoEImputer([*SHORT, "training.steps=20"]).fit(waves())
+    with pytest.raises(TsmoeError, match="must lie between 0 and 1"):
+        model.score(waves(), share=share)
+
+
+@pytest.mark.parametrize("keeps_run", [True, False])
+def test_nothing_learned_is_said_of_a_folder_that_is_there(tmp_path, keeps_run) -> None:
+    run = str(tmp_path / "run") if keeps_run else None
+    settings = [*SHORT, "optimizer.lr=1e9", "training.steps=4"]
+    with pytest.raises(TrainingError, match="nothing learned is better") as refused:
+        PatchMoEImputer(settings, run=run).fit(waves())
+    assert str(refused.value).startswith(f"{run}: nothing" if keeps_run else "nothing")
+    assert "or give more training.steps" in str(refused.value)
+
+
+def test_package_of_a_detector_flags_what_the_detector_does(tmp_path) -> None:
+    rows_LC, is_anomaly_L = waves(), np.zeros(ROWS, int)
+    model = PatchMoEAnomalyDetector(SHORT, run=str(tmp_path / "run")).fit(rows_LC)
+    names = ["variate 0", "variate 1"]
+    rows_LC[300:310] = 100
+    pd.DataFrame(rows_LC, columns=names).to_parquet(tmp_path / "rows.parquet")
+    found = answer(load_predictor(tmp_path / "run" / "package"), tmp_path / "rows.parquet")
+    # The file holds float64, of which both see the same float32.
+    np.testing.assert_allclose(found["score"], -model.score_samples(rows_LC), rtol=1e-3)
+    flags_L = np.where(model.predict(rows_LC) == -1, 1, is_anomaly_L)
+    assert (found["is_anomaly"] == flags_L).mean() > 0.99
+    assert flags_L.any()
