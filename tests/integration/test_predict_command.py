@@ -218,7 +218,7 @@ def test_series_are_continued_in_their_own_unit(packages, files, tmp_path, capsy
     np.testing.assert_allclose(shorter["forecast"], judged.ravel(), rtol=1e-5)
 
 
-def test_several_tasks_are_told_apart_by_name(files, tmp_path, capsys) -> None:
+def test_several_tasks_are_told_apart_by_name(files, tmp_path, capsys, caplog) -> None:
     # Cases have two channels, the table has three variates, and each is learned in its turn.
     tasks = {
         name: {**TASKS[name], "path": str(files[name])}
@@ -229,7 +229,9 @@ def test_several_tasks_are_told_apart_by_name(files, tmp_path, capsys) -> None:
     more = {"run": str(tmp_path / "run"), "tasks": tasks, "model": {"has_task_embedding": True}}
     config = tmp_path / "several.yaml"
     config.write_text(yaml.safe_dump(merge_layers(SMALL, more, {"training": {"steps": 9}})))
-    assert main(["finetune", str(config)]) == 0
+    with caplog.at_level("INFO"):
+        assert main(["finetune", str(config)]) == 0
+    assert "validation error of each task: forecast " in caplog.text
     package = str(tmp_path / "run" / "package")
     cases, table = str(files["classification"]), str(files["forecast"])
     assert main(["predict", package, cases]) == 2

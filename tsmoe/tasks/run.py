@@ -217,8 +217,11 @@ class TaskWork:
 
         Of points the mean squared error in the scaled unit, of classes the Brier score.
         """
-        errors = [self._error_of(model, task, show) for task in self.tasks.values()]
-        return math.fsum(errors) / len(errors)
+        errors = {name: self._error_of(model, task, show) for name, task in self.tasks.items()}
+        if len(errors) > 1 and self.ranks.is_first:
+            each = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+            logger.info("validation error of each task: %s", each)
+        return math.fsum(errors.values()) / len(errors)
 
     def start_error(self, like: PatchMoE, begun: float) -> float | None:  # noqa: ARG002
         """Return the error before the first step where that is a forecast, not chance."""
