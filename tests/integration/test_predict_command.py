@@ -231,7 +231,7 @@ def test_several_tasks_are_told_apart_by_name(files, tmp_path, capsys, caplog) -
     config.write_text(yaml.safe_dump(merge_layers(SMALL, more, {"training": {"steps": 9}})))
     with caplog.at_level("INFO"):
         assert main(["finetune", str(config)]) == 0
-    assert "validation error of each task: forecast " in caplog.text
+    assert "validation error of each task: anomaly " in caplog.text
     package = str(tmp_path / "run" / "package")
     cases, table = str(files["classification"]), str(files["forecast"])
     assert main(["predict", package, cases]) == 2
