@@ -6,6 +6,7 @@ Shapes: C variates, L rows.
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from data_pipeline.table import Table, read_table
 from tsmoe.errors import ConfigError, DataError
 from tsmoe.evaluate.protocol import Borders, check_rows, fit_scaler, ltsf_borders
 from tsmoe.finetune.config import TableConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +85,18 @@ def open_table(config: TableConfig, *, context_length: int) -> SplitTable:
         ("validation", borders.train_end, borders.validation_end),
         ("test", borders.validation_end, borders.test_end),
     ):
-        if not np.isfinite(table.values_LC[first:end, :num_targets]).any():
+        is_seen_C = np.isfinite(table.values_LC[first:end, :num_targets]).any(axis=0)
+        if not is_seen_C.any():
             raise DataError(
                 f"{table.path}: no target has an observed value in the {part} part (rows {first} "
                 f"to {end}); change table.split or table.targets"
             )
+        unseen = [table.variates[place] for place in np.flatnonzero(~is_seen_C)]
+        if unseen:
+            logger.warning(
+                "%s: %s: no observed value in the %s part (rows %d to %d), which says nothing of it",
+                table.path, ", ".join(unseen[:20]), part, first, end,
+            )  # fmt: skip
     return SplitTable(
         table=table,
         borders=borders,
