@@ -94,7 +94,7 @@ def open_table(config: TableConfig, *, context_length: int) -> SplitTable:
         unseen = [table.variates[place] for place in np.flatnonzero(~is_seen_C)]
         if unseen:
             logger.warning(
-                "%s: %s: no observed value in the %s part (rows %d to %d), which says nothing of it",
+                "%s: %s: no observed value in the %s part (rows %d to %d), which tells nothing",
                 table.path, ", ".join(unseen[:20]), part, first, end,
             )  # fmt: skip
     return SplitTable(
