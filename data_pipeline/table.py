@@ -33,6 +33,8 @@ class Table:
     variates: tuple[str, ...]
     values_LC: np.ndarray
     """float32; NaN where not observed, and on places of the grid that had no row."""
+    time_column: str | None = None
+    """Where the timestamps are from; None without them."""
 
     def continued_timestamps(self, steps: int) -> np.ndarray:
         """Return the stamps that follow the last row.
@@ -131,6 +133,7 @@ def read_table(
         freq=grid.freq,
         variates=wanted,
         values_LC=values_LC,
+        time_column=time_name,
     )
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -162,22 +164,76 @@ def test_gaps_are_filled_and_the_rest_stays(packages, files, tmp_path) -> None:
     assert abs(found["wave 1"][is_hole].mean() - 1000) < 20
 
 
-def test_times_that_a_table_leaves_out_are_filled_too(packages, files, tmp_path, caplog) -> None:
+def times_like(kind: str, rows: int) -> pd.Series:
+    times = pd.Series(pd.date_range("2024-01-01", periods=rows, freq="h"))
+    return {
+        "zone": lambda: times.dt.tz_localize("Europe/Berlin", ambiguous=False),
+        "text": lambda: times.dt.strftime("%d/%m/%Y %H:%M"),
+        "epoch": lambda: times.astype("datetime64[s]").astype("int64"),
+        "plain": lambda: times,
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["zone", "text", "epoch", "plain"])
+def test_times_that_a_table_leaves_out_are_filled_too(
+    packages, files, tmp_path, caplog, kind
+) -> None:
     table = pd.read_csv(files["imputation"])
-    table["date"] = pd.to_datetime(table["date"]).dt.tz_localize("UTC")
-    fewer = table.drop(index=range(200, 230)).rename(columns={"date": "timestamp"})
-    fewer.to_parquet(tmp_path / "fewer.parquet", index=False)
+    table["date"] = times_like(kind, len(table))
+    # Another column of times in front, and numbers that no float64 holds.
+    table.insert(0, "received", pd.date_range("2020", periods=len(table), freq="D"))
+    table["id"] = 2**60 + np.arange(len(table))
+    table["wave 2"] = table["wave 2"].astype(np.float32)
+    fewer = table.drop(index=range(200, 230))
+    fewer.set_index("id").to_parquet(tmp_path / "fewer.parquet")
     out = tmp_path / "out.parquet"
     words = ["predict", packages["imputation"], str(tmp_path / "fewer.parquet"), "--out", str(out)]
     with caplog.at_level("INFO"):
         assert main(words) == 0
-    found = pd.read_parquet(out)
-    assert list(found) == list(fewer)
-    assert (found["timestamp"].to_numpy() == table["date"].to_numpy()).all()
-    assert str(found["timestamp"].dt.tz) == "UTC"
-    assert np.isfinite(found.drop(columns="timestamp")).all(axis=None)
+    found, given = (pq.read_table(path) for path in (out, tmp_path / "fewer.parquet"))
+    assert found.schema.equals(given.schema)
     assert "30 rows of times that the file leaves out were added" in caplog.text
     assert "wave 2 is missing for 30 rows from row 201 on" in caplog.text
+    ids = found["id"].to_pylist()
+    assert ids[200:230] == [None] * 30
+    assert ids[:200] + ids[230:] == fewer["id"].tolist()
+    if kind == "text":  # those that were there, and others as texts of times
+        times = pd.Series(found["date"].to_pylist())
+        assert times[:200].tolist() + times[230:].tolist() == fewer["date"].tolist()
+        assert times[200] == "2024-01-09 08:00:00"
+    else:
+        assert found["date"].to_pylist() == pa.table(table)["date"].to_pylist()
+    for name in ("wave 0", "wave 1", "wave 2"):
+        assert np.isfinite(found[name].to_numpy()).all()
+
+
+def test_rows_as_they_stand_may_be_asked_for_and_times_again(packages, files, tmp_path) -> None:
+    table = pd.read_csv(files["imputation"]).drop(index=range(200, 230))
+    table.to_csv(tmp_path / "fewer.csv", index=False)
+    for options, rows in (([], 400), (["--ignore-time"], 370), (["--time-column", "date"], 400)):
+        found = predict(
+            packages["imputation"], tmp_path / "fewer.csv", tmp_path / "out.csv", *options
+        )
+        assert len(found) == rows
+    table.drop(columns="date").to_csv(tmp_path / "timeless.csv", index=False)
+    found = predict(
+        packages["imputation"], tmp_path / "timeless.csv", tmp_path / "out.csv", "--ignore-time"
+    )
+    assert len(found) == 370
+
+
+def test_columns_that_csv_cannot_hold_want_parquet(packages, files, tmp_path, capsys) -> None:
+    table = pa.table(pd.read_csv(files["imputation"]))
+    pairs = pa.array([[("a", 1)]] * len(table), pa.map_(pa.string(), pa.int64()))
+    late = pa.array([2**31 - 1] * len(table), pa.int32()).cast(pa.date32())
+    pq.write_table(
+        table.append_column("pairs", pairs).append_column("late", late), tmp_path / "odd.parquet"
+    )
+    words = ["predict", packages["imputation"], str(tmp_path / "odd.parquet")]
+    assert main(words) == 2
+    assert "a column that CSV cannot hold" in capsys.readouterr().err
+    assert main([*words, "--out", str(tmp_path / "out.parquet")]) == 0
+    assert pq.read_table(tmp_path / "out.parquet")["late"].equals(pa.chunked_array([late]))
 
 
 def test_cases_are_classified_as_they_were_judged(packages, files, tmp_path) -> None:

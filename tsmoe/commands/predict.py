@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -36,7 +40,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer and write the file."""
-    from tsmoe.commands.forecast import write_csv, write_frame
     from tsmoe.commands.options import require_positive
     from tsmoe.evaluate.report import check_output
 
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     predictor = load_predictor(args.package, device=args.device, batch_size=args.batch_size)
     try:
-        frame = answer(
+        found = answer(
             predictor,
             args.data,
             task=args.task,
@@ -59,8 +62,35 @@ def run(args: argparse.Namespace) -> int:
         )
     except (ConfigError, CheckpointError) as error:
         raise type(error)(f"{args.package}: {error}") from error
-    if args.out is None:
-        write_csv(frame, sys.stdout)
-    else:
-        write_frame(frame, args.out)
+    _write(found, args.out)
     return 0
+
+
+def _write(found: pa.Table, out: str | None) -> None:
+    """Write Parquet in the types of the file, or CSV."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tsmoe.commands.forecast import write_csv
+    from tsmoe.errors import ConfigError
+    from tsmoe.evaluate.report import replace_file
+
+    if out is not None and out.lower().endswith(".parquet"):
+        with replace_file(out) as unfinished:
+            pq.write_table(found, unfinished)
+        return
+    try:
+        frame = found.to_pandas(integer_object_nulls=True)
+    except (pa.ArrowException, ValueError) as error:
+        raise ConfigError(
+            f"--out: the file has a column that CSV cannot hold ({error}); write Parquet: "
+            "--out OUT.parquet"
+        ) from error
+    if out is None:
+        write_csv(frame, sys.stdout)
+        return
+    with (
+        replace_file(out) as unfinished,
+        unfinished.open("w", encoding="utf-8", newline="") as file,
+    ):
+        write_csv(frame, file)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from data_pipeline.table import Table, read_table
 from data_pipeline.table_file import read_columns
-from data_pipeline.time_column import parse_times, pick_time_column
+from data_pipeline.time_column import parse_times
 from tsmoe.errors import CheckpointError, ConfigError, DataError
 from tsmoe.tasks.anomaly import reconstruction_scores
 from tsmoe.tasks.case_data import read_unlabelled_cases
@@ -45,7 +46,7 @@ def answer(
     entity_column: str | None = None,
     time_column: str | None = None,
     ignores_time: bool = False,
-) -> pd.DataFrame:
+) -> pa.Table:
     """Answer for each row, case or series of a file, scaled as the task was trained.
 
     Args:
@@ -57,7 +58,7 @@ def answer(
         ignores_time: of tables: take rows as they stand.
 
     Returns:
-        Of `anomaly` the score and the flag of each row, of `imputation` the table without gaps, of
+        An Arrow table: of `anomaly` the score and the flag of each row, of `imputation` the table without gaps, of
         `classification` the class and the probabilities of each case, of `series` the steps that
         follow each one.
 
@@ -126,7 +127,7 @@ def _score(
     path: str | Path,
     entity_column: str | None,
     time_column: str | None,
-) -> pd.DataFrame:
+) -> pa.Table:
     """Score each row by its reconstruction error, entity by entity."""
     entities, threshold = _of_card(card, "entities"), _of_card(card, "threshold")
     recordings = read_recordings(
@@ -135,7 +136,9 @@ def _score(
         entity_column=entity_column or card.get("entity_column"),
         time_column=time_column or card.get("time_column"),
     )
-    if entity_column is None and card.get("entity_column") is None:
+    if "entity_column" not in card:
+        _of_card(card, "entity_column")
+    if entity_column is None and card["entity_column"] is None:
         scales = dict.fromkeys(recordings.entities, next(iter(entities.values())))
     else:
         scales = entities
@@ -166,11 +169,11 @@ def _score(
 
 def _beside(
     named: Mapping[str, pa.ChunkedArray], answers: Mapping[str, Any], path: str | Path
-) -> pd.DataFrame:
+) -> pa.Table:
     """Put answers beside the columns of the file that say what they are of."""
     if twice := [name for name in answers if name in named]:
         raise DataError(f"{path}: the column {twice[0]!r} would stand twice; rename it")
-    return pd.DataFrame({**{name: column.to_pandas() for name, column in named.items()}, **answers})
+    return pa.table({**named, **{name: pa.array(values) for name, values in answers.items()}})
 
 
 def _fill(
@@ -180,16 +183,16 @@ def _fill(
     path: str | Path,
     time_column: str | None,
     ignores_time: bool,
-) -> pd.DataFrame:
+) -> pa.Table:
     """Fill what is missing of a table; whatever else the file holds stays as it is."""
     mean_C, std_C = (np.array(_of_card(card, key), np.float64) for key in ("mean", "std"))
-    time_column = time_column or card.get("time_column")
+    time_column = None if ignores_time else time_column or card.get("time_column")
     table = read_table(
         path,
         time_column=time_column,
         columns=_of_card(card, "variates"),
         columns_option="variates of the package",
-        ignores_time=ignores_time or bool(card.get("ignores_time")),
+        ignores_time=time_column is None,
     )
     is_missing_LC = ~np.isfinite(table.values_LC)
     if is_missing_LC.all(axis=0).any():
@@ -201,32 +204,63 @@ def _fill(
     _warn_of_long_gaps(table, is_missing_LC, predictor.context_length)
     scaled_LC = bounded((table.values_LC - mean_C) / std_C)
     filled_LC = fill_rows(predictor, name, scaled_LC).astype(np.float64) * std_C + mean_C
-    frame = _on_grid(read_columns(Path(path)), table, time_column)
+    found = _on_grid(read_columns(Path(path)), table)
     for place, own in enumerate(table.variates):
         is_missing_L = is_missing_LC[:, place]
         if is_missing_L.any():
-            values_L = frame[own].to_numpy(np.float64, na_value=np.nan, copy=True)
-            values_L[is_missing_L] = filled_LC[is_missing_L, place]
-            frame[own] = values_L
-    return frame
+            column = found.column(own)
+            kind = column.type if pa.types.is_floating(column.type) else pa.float64()
+            filled = pa.array(filled_LC[:, place]).cast(kind)
+            whole = pc.if_else(pa.array(is_missing_L), filled, column.cast(kind, safe=False))
+            found = found.set_column(found.schema.get_field_index(own), own, whole)
+    return found
 
 
-def _on_grid(raw: pa.Table, table: Table, time_column: str | None) -> pd.DataFrame:
-    """Return the file as a data frame, with rows for the times that it leaves out."""
-    frame = raw.to_pandas()
-    if len(frame) == len(table.values_LC) or table.timestamps is None:
-        return frame
-    path = Path(table.path)
-    name = pick_time_column(raw, path, time_column=time_column, variates=table.variates)
-    assert name is not None, "the table has times"
-    stamps, has_zone = parse_times(raw.column(name), f"{path}, column {name!r}")
-    added = len(table.timestamps) - len(frame)
-    logger.info("%s: %d rows of times that the file leaves out were added", path, added)
-    frame.index = pd.Index(np.searchsorted(table.timestamps, stamps))
-    frame = frame.reindex(range(len(table.timestamps)))
-    times = pd.DatetimeIndex(table.timestamps)
-    frame[name] = times.tz_localize("UTC") if has_zone else times
-    return frame
+def _on_grid(raw: pa.Table, table: Table) -> pa.Table:
+    """Return the file with rows for the times that it leaves out, empty but for the time."""
+    # Without what pandas wrote of an index, which is a column like others here.
+    raw = raw.replace_schema_metadata(None)
+    if table.timestamps is None or table.time_column is None or len(table.timestamps) == len(raw):
+        return raw
+    name, grid_L = table.time_column, table.timestamps
+    column = raw.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+        raw = raw.set_column(raw.schema.get_field_index(name), name, column)
+    stamps, has_zone = parse_times(column, f"{table.path}, column {name!r}")
+    places = np.searchsorted(grid_L, stamps)
+    logger.info(
+        "%s: %d rows of times that the file leaves out were added",
+        table.path, len(grid_L) - len(raw),
+    )  # fmt: skip
+    is_added_L = np.ones(len(grid_L), bool)
+    is_added_L[places] = False
+    row_L = np.zeros(len(grid_L), np.int64)
+    row_L[places] = np.arange(len(raw))
+    found = raw.take(pa.array(row_L, mask=is_added_L))
+    times = pc.if_else(
+        pa.array(is_added_L), _times_like(column, grid_L, stamps, has_zone), found.column(name)
+    )
+    return found.set_column(found.schema.get_field_index(name), name, times)
+
+
+def _times_like(
+    column: pa.ChunkedArray, grid_L: NDArray[Any], stamps: NDArray[Any], has_zone: bool
+) -> pa.Array:
+    """Return the stamps of a grid in the type of the column that some of them are from."""
+    kind = column.type
+    if pa.types.is_temporal(kind):
+        return pa.array(grid_L, pa.timestamp("us", tz="UTC" if has_zone else None)).cast(kind)
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):  # counted from an epoch on
+        first, last = column[0].as_py(), column[-1].as_py()
+        steps = (grid_L - stamps[0]).astype(np.int64).tolist()
+        whole = steps[np.searchsorted(grid_L, stamps[-1])]
+        counted = [first + (last - first) * step / whole for step in steps]
+        if pa.types.is_integer(kind):
+            counted = [first + (last - first) * step // whole for step in steps]
+        return pa.array(counted, kind)
+    texts = pd.DatetimeIndex(grid_L, tz="UTC" if has_zone else None).astype(str)
+    return pa.array(texts.tolist()).cast(kind)
 
 
 def _warn_of_long_gaps(table: Table, is_missing_LC: NDArray[np.bool_], context_length: int) -> None:
@@ -245,7 +279,7 @@ def _warn_of_long_gaps(table: Table, is_missing_LC: NDArray[np.bool_], context_l
 
 def _classify(
     predictor: TaskPredictor, name: str, card: Mapping[str, Any], path: str | Path
-) -> pd.DataFrame:
+) -> pa.Table:
     """Tell the class of each case."""
     mean_C, std_C = (np.array(_of_card(card, key), np.float64) for key in ("mean", "std"))
     classes, scaler = np.array(_of_card(card, "classes")), CaseScaler(mean_C=mean_C, std_C=std_C)
@@ -280,7 +314,7 @@ def _classify(
     )
 
 
-def _continue(predictor: TaskPredictor, name: str, path: str | Path) -> pd.DataFrame:
+def _continue(predictor: TaskPredictor, name: str, path: str | Path) -> pa.Table:
     """Forecast what follows each series, scaled as those that were learned from."""
     names, values = read_histories(path)
     forecaster = TaskForecaster(predictor, name)
@@ -294,7 +328,7 @@ def _continue(predictor: TaskPredictor, name: str, path: str | Path) -> pd.DataF
     )
     scaled_SQ = forecaster.forecast_batch(context_SCL, horizon).mean_BCQ[:, 0]
     forecast_SQ = scaled_SQ * scale_S[:, None] + loc_S[:, None]
-    return pd.DataFrame(
+    return pa.table(
         {
             "item_id": np.repeat(names, horizon),
             "step": np.tile(np.arange(1, horizon + 1), len(names)),

@@ -101,8 +101,7 @@ class ImputationTask:
             "variates": list(self.table.variates),
             "mean": self.scaler.mean_C.tolist(),
             "std": self.scaler.std_C.tolist(),
-            "time_column": self.config.time_column,
-            "ignores_time": self.config.ignores_time,
+            "time_column": self.table.time_column,
         }
 
     def evaluate(self, predictor: TaskPredictor) -> TaskEvaluation:

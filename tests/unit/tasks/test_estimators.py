@@ -237,7 +237,8 @@ def test_package_of_a_detector_flags_what_the_detector_does(tmp_path) -> None:
     names = ["variate 0", "variate 1"]
     rows_LC[300:310] = 100
     pd.DataFrame(rows_LC, columns=names).to_parquet(tmp_path / "rows.parquet")
-    found = answer(load_predictor(tmp_path / "run" / "package"), tmp_path / "rows.parquet")
+    package = load_predictor(tmp_path / "run" / "package")
+    found = answer(package, tmp_path / "rows.parquet").to_pandas()
     # The file holds float64, of which both see the same float32.
     np.testing.assert_allclose(found["score"], -model.score_samples(rows_LC), rtol=1e-3)
     flags_L = np.where(model.predict(rows_LC) == -1, 1, is_anomaly_L)
