@@ -58,9 +58,9 @@ def answer(
         ignores_time: of tables: take rows as they stand.
 
     Returns:
-        An Arrow table: of `anomaly` the score and the flag of each row, of `imputation` the table without gaps, of
-        `classification` the class and the probabilities of each case, of `series` the steps that
-        follow each one.
+        An Arrow table: of `anomaly` the score and the flag of each row, of `imputation` the table
+        without gaps, of `classification` the class and the probabilities of each case, of `series`
+        the steps that follow each one.
 
     Raises:
         ConfigError: if the package has no such task, or several, or an option is not for it.
