@@ -71,7 +71,7 @@ def _write(found: pa.Table, out: str | None) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from tsmoe.commands.forecast import write_csv
+    from tsmoe.commands.forecast import write_csv, write_frame
     from tsmoe.errors import ConfigError
     from tsmoe.evaluate.report import replace_file
 
@@ -88,9 +88,5 @@ def _write(found: pa.Table, out: str | None) -> None:
         ) from error
     if out is None:
         write_csv(frame, sys.stdout)
-        return
-    with (
-        replace_file(out) as unfinished,
-        unfinished.open("w", encoding="utf-8", newline="") as file,
-    ):
-        write_csv(frame, file)
+    else:
+        write_frame(frame, out)

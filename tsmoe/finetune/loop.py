@@ -77,10 +77,8 @@ def _warn_of_unseen(run: FinetuneRun, start: Start | None, context_length: int) 
             "baseline uses more",
             run.model.context_length, context_length,
         )  # fmt: skip
-    mixed, wanted = (
-        0 if start is None else start.model.num_channel_mixed_layers,
-        run.config.mixing.num_channel_mixed_layers,
-    )
+    mixed = 0 if start is None else start.model.num_channel_mixed_layers
+    wanted = run.config.mixing.num_channel_mixed_layers
     if wanted < mixed:
         logger.warning(
             "in the start %d layers mix variates, in this run %d; add "

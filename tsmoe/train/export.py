@@ -99,6 +99,7 @@ def _course(path: Path, step: int) -> dict[str, Any]:
             validation[values["step"] + 1] = values["loss/validation"]
     return {
         "metrics": losses,
-        "training_hours": round(math.fsum(seconds.values()) / 3600, 4),
+        # None without metrics, as where a checkpoint was copied out of its run.
+        "training_hours": round(math.fsum(seconds.values()) / 3600, 4) if seconds else None,
         "validation_loss": {str(done): loss for done, loss in sorted(validation.items())},
     }
